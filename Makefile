@@ -1,0 +1,22 @@
+# Each command does its own set-up: a stamp in .venv says which extra is installed, and is renewed when
+# pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+
+.PHONY: demo test check
+.NOTPARALLEL: # the commands share one environment
+
+demo: .venv/plot.stamp
+	.venv/bin/vision-ssl demo --out demo
+
+test: check
+	.venv/bin/python -m pytest
+
+check: .venv/dev.stamp
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+.venv/%.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@

@@ -1,0 +1,17 @@
+"""Entry points of torch.hub: `torch.hub.load("OWNER/vision-ssl", "mae_vit_small")`."""
+
+from typing import Any
+
+import vision_ssl
+
+dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "PIL", "numpy", "tqdm"]
+
+
+def simclr_resnet18(**options: Any) -> Any:
+    """SimCLR ResNet-18 for 64 px images, features (B, 512); options as for `vision_ssl.load`."""
+    return vision_ssl.load("simclr_resnet18", **options)
+
+
+def mae_vit_small(**options: Any) -> Any:
+    """MAE ViT-Small/8 for 64 px images, features (B, 384); options as for `vision_ssl.load`."""
+    return vision_ssl.load("mae_vit_small", **options)

@@ -1,0 +1,34 @@
+import colorsys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither see nor fill the user's cache, do not reach for the Hub, and share the cores fairly."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small: handing them to threads costs more than it saves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISION_SSL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder for each of three classes, red, green and blue, of eight noisy 40 x 48 JPEG files."""
+    folder = tmp_path / "photos"
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(("red", "green", "blue")):
+        (folder / name).mkdir(parents=True)
+        colour = 255 * np.array(colorsys.hsv_to_rgb(index / 3, 0.6, 0.7))
+        for number in range(8):
+            pixels = np.clip(rng.normal(colour, 40, size=(48, 40, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.jpg")
+    return folder

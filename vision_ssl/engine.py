@@ -1,0 +1,382 @@
+"""The training loop: precision, processes, checkpoints, stopping and going on. It knows no method."""
+
+import copy
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from .augment import Draws
+from .checkpoint import load_checkpoint, save_checkpoint
+from .cpu import use_fast_kernels
+from .distributed import any_rank, rank, world_size
+from .errors import CheckpointError, RecipeError, TrainingError
+from .optim import build_optimizer, schedule_factor
+
+if TYPE_CHECKING:
+    from .recipes import Recipe
+
+FLUSH_STEPS = 20  # reading a loss waits for the device: metrics stay there for this many steps
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve `auto` to the first GPU, Apple's if there is no other, or the CPU.
+
+    Raises:
+        RecipeError: The device does not exist here.
+    """
+    if name == "auto":
+        gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((gpu for gpu, there in gpus.items() if there), "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"device={name!r} cannot be used here: {reason}; expected auto, cpu or cuda") from error
+    return device
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 natively, so that it is faster than float32 there."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        # Public only from torch 2.9 on; older versions answer through the private name, or not at all.
+        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return bool(supported and supported())
+    return False
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: Steps done.
+        steps: Steps in all.
+        seconds: Training time, over all continuations.
+    """
+
+    step: int
+    steps: int
+    seconds: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step is done."""
+        return self.step >= self.steps
+
+
+@dataclass
+class Metrics:
+    """The file `metrics.jsonl`: one line a step, and one for each look at the encoder."""
+
+    path: Path
+    pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = field(default_factory=list)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after `step`: they will be written again."""
+        if rank() or not self.path.exists():
+            return
+        lines = self.path.read_text().splitlines(keepends=True)
+        self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line, from the first process."""
+        if rank() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Write what is pending.
+
+        Raises:
+            TrainingError: A loss is not finite.
+        """
+        if not self.pending:
+            return
+        # One transfer from the device for all lines.
+        values = torch.stack([torch.stack(list(tensors.values())).float() for _, tensors in self.pending]).tolist()
+        lines = [
+            facts | dict(zip(tensors, row, strict=True))
+            for (facts, tensors), row in zip(self.pending, values, strict=True)
+        ]
+        self.pending.clear()
+        for line in lines:
+            if not math.isfinite(line["loss"]):
+                raise TrainingError(
+                    f"the loss is {line['loss']} at step {line['step']}, with learning rate {line['lr']:.3g}: "
+                    "try a lower base_lr, a longer warm-up or clip_grad=1.0; the last checkpoint is untouched"
+                )
+            self.write(line)
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that the loop can stop between two steps; twice kills."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One run of one model on one set of images.
+
+    Args:
+        model: Called with the views, returns the loss and further metrics.
+        recipe: Hyper-parameters and augmentation.
+        pixels: uint8 (N, C, H, W) images.
+        directory: Where `checkpoint.safetensors` and `metrics.jsonl` are kept.
+        device: Where to train.
+        bf16: Compute in bfloat16 where autocast thinks it safe.
+        seed: Seed of the order of the images and of the views.
+        facts: Plain data that goes into every checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: "Recipe",
+        pixels: Tensor,
+        directory: Path,
+        *,
+        device: torch.device,
+        bf16: bool,
+        seed: int,
+        facts: dict[str, Any],
+    ) -> None:
+        self.micro_size, rest = divmod(recipe.batch_size, world_size() * recipe.accumulate)
+        if rest:
+            raise RecipeError(
+                f"batch_size={recipe.batch_size} is not divisible by processes * accumulate = "
+                f"{world_size() * recipe.accumulate}"
+            )
+        if len(pixels) < recipe.batch_size:
+            raise RecipeError(
+                f"batch_size={recipe.batch_size} is larger than the data set of {len(pixels)} images: "
+                f"the nearest valid is {len(pixels)}"
+            )
+        if device.type == "cpu":
+            use_fast_kernels(model)
+        # Convolutions are fastest when channels come last in memory; other layers do not mind.
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.recipe = recipe
+        self.pixels = _near(pixels, device)
+        self.checkpoint = directory / "checkpoint.safetensors"
+        self.device = device
+        self.bf16 = bf16
+        self.seed = seed
+        self.facts = facts
+        self.metrics = Metrics(directory / "metrics.jsonl")
+        self.steps_per_epoch = len(pixels) // recipe.batch_size
+        self.progress = Progress(0, recipe.epochs * self.steps_per_epoch)
+        self.optimizer = build_optimizer(
+            recipe.optimizer, model, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=recipe.betas
+        )
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._parallel = self.model
+        if world_size() > 1:
+            if device.type == "cuda":
+                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self._parallel = DistributedDataParallel(self.model)
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint.
+
+        Raises:
+            CheckpointError: It is missing or damaged, or belongs to another model or other images.
+        """
+        facts = load_checkpoint(self.checkpoint, self.model, self.optimizer)
+        for name, value in self.facts.items():
+            if facts[name] != value:
+                raise CheckpointError(f"{self.checkpoint} has another {name}: {facts[name]}, but given is {value}")
+        self.progress.step, self.progress.seconds = facts["step"], facts["seconds"]
+        self.metrics.rewind(self.progress.step)
+
+    def estimate(self) -> tuple[float, int | None]:
+        """Try two micro-batches on a copy of the model, so that nothing of the run changes.
+
+        Returns:
+            Seconds a step, and the peak of memory in bytes: the GPU's on CUDA, otherwise the process's where the
+            system tells.
+        """
+        trial = copy.deepcopy(self.model)
+        for _ in range(2):  # the first one pays for kernels and memory
+            began = time.perf_counter()
+            self._loss(trial, step=0, micro=0)[0].backward()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+        return seconds * self.recipe.accumulate, _peak_memory(self.device)
+
+    def _rows(self, step: int, micro: int) -> tuple[Tensor, slice]:
+        """Which images this process takes in a micro-batch, and where they stand in the global batch."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            shuffle = torch.Generator().manual_seed(_mix(self.seed, epoch, 1))
+            self._order = epoch, torch.randperm(len(self.pixels), generator=shuffle)
+        size = self.recipe.batch_size
+        start = (rank() * self.recipe.accumulate + micro) * self.micro_size
+        mine = slice(start, start + self.micro_size)
+        return self._order[1][position * size : (position + 1) * size][mine], mine
+
+    def _loss(self, model: nn.Module, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        indices, rows = self._rows(step, micro)
+        images = self.pixels.index_select(0, indices.to(self.pixels.device)).to(self.device, non_blocking=True)
+        draws = Draws(_mix(self.seed, step, 2), rows=rows, total=self.recipe.batch_size, device=self.device)
+        views = self.recipe.augment(images, draws)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return cast(tuple[Tensor, dict[str, Tensor]], model(*views))
+
+    def _step(self) -> tuple[float, dict[str, Tensor]]:
+        """One update: the learning rate, and the metrics still on the device."""
+        recipe, step = self.recipe, self.progress.step
+        lr = recipe.lr * schedule_factor(
+            step,
+            steps=self.progress.steps,
+            warmup_steps=round(recipe.warmup_length * self.steps_per_epoch),
+            warmup=recipe.warmup,
+            schedule=recipe.schedule,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        metrics: dict[str, Tensor] = {}
+        for micro in range(recipe.accumulate):
+            loss, extra = self._loss(self._parallel, step, micro)
+            (loss / recipe.accumulate).backward()
+            for name, value in {"loss": loss.detach(), **extra}.items():
+                metrics[name] = metrics.get(name, 0) + value / recipe.accumulate
+        if recipe.clip_grad is not None:
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return lr, metrics
+
+    def save(self) -> None:
+        """Write the checkpoint, from the first process.
+
+        Raises:
+            TrainingError: A loss since the last one is not finite: the last one stays.
+            CheckpointError: The disk refuses: the last one stays.
+        """
+        self.metrics.flush()
+        if rank() == 0:
+            facts = self.facts | {"step": self.progress.step, "seconds": self.progress.seconds}
+            save_checkpoint(self.checkpoint, self.model, self.optimizer, facts)
+
+    def fit(
+        self,
+        *,
+        monitor: Callable[[nn.Module], dict[str, float]] | None,
+        monitor_epochs: int,
+        time_limit: float | None,
+        save_minutes: float,
+    ) -> Progress:
+        """Train until the last step, the time limit, Ctrl-C or SIGTERM; the checkpoint is saved in any case.
+
+        Args:
+            monitor: Looks at the model between epochs, in the first process, and returns metrics.
+            monitor_epochs: Epochs between two looks; 0 for never.
+            time_limit: Minutes.
+            save_minutes: Minutes between checkpoints.
+
+        Raises:
+            TrainingError: The loss is not finite.
+        """
+        progress, recipe = self.progress, self.recipe
+        began = last_save = last_step = time.monotonic()
+        seconds_before = progress.seconds
+        self.model.train()
+        bar = tqdm(
+            total=progress.steps,
+            initial=progress.step,
+            unit="step",
+            disable=rank() > 0 or None,
+            file=sys.stderr,
+        )
+        with stop_signals() as stop, bar:
+            while not progress.finished:
+                lr, tensors = self._step()
+                progress.step += 1
+                now = time.monotonic()
+                progress.seconds = seconds_before + now - began
+                facts = {
+                    "step": progress.step,
+                    "epoch": round(progress.step / self.steps_per_epoch, 4),
+                    "lr": lr,
+                    "images_per_second": round(recipe.batch_size / (now - last_step), 1),
+                }
+                last_step = now
+                self.metrics.pending.append((facts, tensors))
+                bar.update()
+                if len(self.metrics.pending) >= FLUSH_STEPS:
+                    bar.set_postfix(loss=f"{tensors['loss'].item():.3f}", images_per_second=facts["images_per_second"])
+                    self.metrics.flush()
+                epoch, position = divmod(progress.step, self.steps_per_epoch)
+                if monitor and monitor_epochs and position == 0 and (epoch % monitor_epochs == 0 or progress.finished):
+                    self.metrics.flush()
+                    if rank() == 0:
+                        self.metrics.write({"step": progress.step, "epoch": epoch, **monitor(self.model)})
+                        self.model.train()
+                    last_step = time.monotonic()
+                late = time_limit is not None and now - began > 60 * time_limit
+                if any_rank(stop.is_set() or late, self.device):
+                    break
+                if now - last_save > 60 * save_minutes and rank() == 0:
+                    self.save()
+                    last_save = last_step = time.monotonic()
+        self.save()
+        return progress
+
+
+def _near(pixels: Tensor, device: torch.device) -> Tensor:
+    """The images on the GPU, if they take at most a quarter of its free memory; otherwise where they are."""
+    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
+        return pixels.to(device)
+    return pixels
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers, the same in every process and version."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return mixed

@@ -1,0 +1,224 @@
+"""Features: what a frozen encoder makes of images, kept with their labels and where they came from."""
+
+import contextlib
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .data import ImageSet, Preprocess, Source, Split, open_images
+from .errors import DataError
+from .storage import load_tensors, save_tensors
+
+_FACTS = ("classes", "paths", "digest", "encoder")
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no single answer to ==
+class Features:
+    """Features of n images.
+
+    Attributes:
+        features: float32 (n, D).
+        labels: int64 (n,), or None.
+        classes: Class names in label order; () without labels.
+        paths: Where each image came from, as in `ImageSet`.
+        digest: `ImageSet.digest` of the images.
+        encoder: What made them, such as "resnet18".
+
+    Raises:
+        DataError: Shapes, types or labels do not fit together.
+    """
+
+    features: Tensor
+    labels: Tensor | None
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    digest: str
+    encoder: str = ""
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 2 or self.features.dtype != torch.float32:
+            raise DataError(f"features: got {_describe(self.features)}, expected torch.float32 (n, D)")
+        if len(self.paths) != len(self.features):
+            raise DataError(f"paths: got {len(self.paths):,}, expected one for each of {len(self):,} features")
+        if len(set(self.classes)) != len(self.classes):
+            raise DataError(f"classes: {len(self.classes)} names of which some are equal, expected different ones")
+        if self.labels is None:
+            return
+        if self.labels.shape != (len(self),) or self.labels.dtype != torch.int64:
+            raise DataError(f"labels: got {_describe(self.labels)}, expected torch.int64 ({len(self)},)")
+        if len(self) and not (self.labels.min() >= 0 and self.labels.max() < len(self.classes)):
+            raise DataError(
+                f"labels: got {self.labels.min()} to {self.labels.max()}, expected 0 to {len(self.classes) - 1}, "
+                f"since there are {len(self.classes)} classes"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.features)
+
+    def select(self, indices: Sequence[int] | Tensor | npt.NDArray[Any]) -> "Features":
+        """Return those at `indices`, or where a mask is true; class names stay as they are."""
+        index = torch.arange(len(self))[torch.as_tensor(indices, dtype=None if len(indices) else torch.int64)]
+        return replace(
+            self,
+            features=self.features[index],
+            labels=None if self.labels is None else self.labels[index],
+            paths=tuple(self.paths[i] for i in index.tolist()),
+            digest=hashlib.sha256(self.digest.encode() + index.numpy().tobytes()).hexdigest(),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file: `features`, `labels` if there are any, and the rest as JSON in its header.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        tensors = {"features": self.features} | ({} if self.labels is None else {"labels": self.labels})
+        save_tensors(Path(path), tensors, {name: getattr(self, name) for name in _FACTS})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Features":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: There is no such file, or it is damaged.
+            DataError: It holds something else than features.
+        """
+        tensors, facts = load_tensors(Path(path))
+        try:
+            return cls(
+                features=tensors["features"],
+                labels=tensors.get("labels"),
+                classes=tuple(facts["classes"]),
+                paths=tuple(facts["paths"]),
+                digest=facts["digest"],
+                encoder=facts["encoder"],
+            )
+        except KeyError as error:
+            raise DataError(f"{path}: expected a file that Features.save wrote, found none of its {error}") from None
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+
+
+def extract(
+    encoder: nn.Module,
+    source: Source,
+    *,
+    split: Split = "train",
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    require_labels: bool = False,
+) -> Features:
+    """Run a frozen encoder over a source of images.
+
+    The encoder works in eval mode and is then left as it was. It computes in its own precision; for less, call
+    this inside `torch.autocast`.
+
+    Args:
+        encoder: Takes float32 (B, C, S, S) and returns (B, D). Its `preprocess` says which size and channels it
+            wants: encoders from `load` have one.
+        source: Images, as `open_images` takes them.
+        split: Which split of the source, where it has several.
+        batch_size: Images at a time.
+        device: Where to compute, such as "cuda"; by default where the encoder is.
+        cache_dir: Where the decoded images are kept.
+        require_labels: Refuse a source without labels.
+
+    Returns:
+        Features of all images in their order, on the CPU.
+
+    Raises:
+        DataError: The source cannot be read, or the encoder lacks a `preprocess` or returns something else.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: expected at least 1")
+    preprocess = getattr(encoder, "preprocess", None)
+    if not isinstance(preprocess, Preprocess):
+        raise DataError(
+            f"encoder: {type(encoder).__name__} has no preprocess: expected one from vision_ssl.load, or with "
+            "encoder.preprocess = Preprocess(size, mean, std)"
+        )
+    images = open_images(source, size=preprocess.size, split=split, cache_dir=cache_dir, require_labels=require_labels)
+    channels = images.pixels.shape[1]
+    if channels != len(preprocess.mean):
+        raise DataError(
+            f"source {images.name}: images have {channels} channels, the encoder takes {len(preprocess.mean)}"
+        )
+    batches = []
+    with _evaluating(encoder, device) as where, tqdm(total=len(images), **_bar(images)) as bar:
+        for pixels in images.pixels.split(batch_size):
+            with torch.inference_mode():
+                output = encoder(preprocess.normalise(pixels.to(where)))
+            if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(pixels):
+                raise DataError(f"encoder: returned {_describe(output)}, expected pooled features ({len(pixels)}, D)")
+            batches.append(output.float().cpu())
+            bar.update(len(pixels))
+    return _features(torch.cat(batches), images, _name(encoder))
+
+
+def pixel_features(
+    source: Source,
+    *,
+    size: int,
+    split: Split = "train",
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Features:
+    """Take raw pixels as features: the baseline that an encoder must beat.
+
+    Args:
+        source: Images, as `open_images` takes them.
+        size: Side of the images, pixels.
+        split: Which split of the source, where it has several.
+        cache_dir: Where the decoded images are kept.
+
+    Returns:
+        Features of width D = C * size * size, 0..1.
+
+    Raises:
+        DataError: The source cannot be read.
+    """
+    images = open_images(source, size=size, split=split, cache_dir=cache_dir)
+    return _features(images.pixels.flatten(1).float() / 255, images, f"pixels {size} x {size}")
+
+
+def _features(features: Tensor, images: ImageSet, encoder: str) -> Features:
+    return Features(features, images.labels, images.classes, images.paths, images.digest, encoder)
+
+
+@contextlib.contextmanager
+def _evaluating(encoder: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
+    """Put the encoder into eval mode on a device, and afterwards each module back into its mode and place."""
+    home = next(itertools.chain(encoder.parameters(), encoder.buffers()), torch.empty(0)).device
+    modes = {module: module.training for module in encoder.modules()}
+    where = home if device is None else torch.device(device)
+    try:
+        encoder.to(where).eval()
+        yield where
+    finally:
+        encoder.to(home)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _name(encoder: nn.Module) -> str:
+    """Architecture as timm names it, or the name of the class."""
+    config = getattr(encoder, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(encoder).__name__)
+
+
+def _bar(images: ImageSet) -> dict[str, Any]:
+    return {"desc": f"features of {images.name}", "unit": " images", "disable": None, "delay": 3}
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

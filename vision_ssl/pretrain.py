@@ -1,0 +1,245 @@
+"""A run: from a source and a recipe to trained weights in a directory."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from . import __version__, hub
+from .data import ImageSet, open_images
+from .distributed import process_group, rank, rank_zero_first, world_size
+from .engine import Trainer, native_bf16, pick_device
+from .errors import CheckpointError, RecipeError
+from .features import extract
+from .plots import read_metrics
+from .probe import knn
+from .storage import save_json
+
+if TYPE_CHECKING:
+    from .data import Source
+    from .options import RunOptions
+    from .recipes import Recipe
+
+RUN_FILE, WEIGHTS_FOLDER = "run.json", "weights"
+KNN_IMAGES = 10_000  # of the training images, for the accuracy that is logged between epochs
+
+
+@dataclass(frozen=True)
+class Run:
+    """A directory with a recipe, metrics, a checkpoint, and weights.
+
+    Attributes:
+        directory: Where it is.
+    """
+
+    directory: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run was started with: `recipe`, `source`, and further options, as plain data.
+
+        Raises:
+            CheckpointError: There is no run.
+        """
+        path = self.directory / RUN_FILE
+        if not path.is_file():
+            raise CheckpointError(f"{self.directory} is not a run: expected {RUN_FILE} in it")
+        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+
+    @cached_property
+    def encoder(self) -> hub.Encoder:
+        """The encoder as it was last exported, in eval mode."""
+        return hub.load(self.directory / WEIGHTS_FOLDER)
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of `metrics.jsonl`: one a step, and one for each look at the encoder."""
+        return [dict(line) for line in read_metrics(self.directory)]
+
+
+def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
+    """Train `recipe` on the images of `source`; see `RunOptions` for the rest.
+
+    Raises:
+        RecipeError: The recipe cannot work with these images on this device.
+        CheckpointError: `out` holds another run, or one that cannot go on.
+        TrainingError: The loss is not finite.
+    """
+    run = Run(options.directory(recipe))
+    device = pick_device(options.device)
+    spec = recipe.encoder_spec()
+    if not options.resume and (run.directory / RUN_FILE).exists():
+        raise CheckpointError(
+            f"out={str(run.directory)!r} holds a run already: expected a new directory, or resume=True to go on"
+        )
+    with process_group(device):
+        with rank_zero_first():
+            images = open_images(
+                source,
+                size=options.cache_size or recipe.image_size,
+                parts=options.parts,
+                cache_dir=options.cache_dir,
+            )
+        if images.pixels.shape[1] != recipe.channels:
+            raise RecipeError(
+                f"channels={recipe.channels} does not fit: the images have {images.pixels.shape[1]} channels"
+            )
+        torch.manual_seed(options.seed)
+        model = recipe.build()
+        if options.init is not None:
+            hub.load_into(model, options.init)
+        encoder = cast(nn.Module, model.encoder)
+        hub.attach(encoder, spec.image_size, spec.channels, card={})
+        trainer = Trainer(
+            model,
+            recipe,
+            images.pixels,
+            run.directory,
+            device=device,
+            bf16=native_bf16(device) if options.precision == "auto" else options.precision == "bf16",
+            seed=options.seed,
+            facts={"images": images.digest},
+        )
+        if options.resume:
+            trainer.resume()
+        if rank() == 0:
+            if not options.resume:
+                save_json(run.directory / RUN_FILE, {"recipe": recipe.to_dict(), "source": _describe(source)})
+            _announce(recipe, images, trainer, run)
+        watched = images.labels is not None and options.knn_epochs > 0
+        trainer.fit(
+            monitor=_knn_monitor(images, options.seed) if watched else None,
+            monitor_epochs=options.knn_epochs,
+            time_limit=options.time_limit,
+            save_minutes=options.save_minutes,
+        )
+        if rank() == 0:
+            card = _card(recipe, images, trainer, options)
+            hub.save(run.directory / WEIGHTS_FOLDER, encoder, spec, card=card, head=cast(nn.Module, model.head))
+            if not trainer.progress.finished:
+                command = [
+                    "vision-ssl",
+                    "train",
+                    recipe.method,
+                    _describe(source),
+                    "--out",
+                    str(run.directory),
+                ]
+                _say(f"stopped at step {trainer.progress.step:,} of {trainer.progress.steps:,}; to go on:")
+                _say(f"  {shlex.join([*command, '--resume'])}")
+    return run
+
+
+def _describe(source: "Source") -> str:
+    return str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _announce(recipe: "Recipe", images: ImageSet, trainer: Trainer, run: Run) -> None:
+    """Print what was resolved, and what it will cost, before the first step."""
+    spec, progress = recipe.encoder_spec(), trainer.progress
+    sizes = [
+        sum(p.numel() for p in cast(nn.Module, part).parameters()) / 1e6
+        for part in (trainer.model.encoder, trainer.model.head)
+    ]
+    warmup = f"{recipe.warmup} for {recipe.warmup_length:g} epochs, then " if recipe.warmup_length else ""
+    seconds, memory = trainer.estimate()
+    hours = seconds * (progress.steps - progress.step) / 3600
+    left = f"{hours:.1f} hours" if hours > 2 else f"{60 * hours:.1f} minutes"
+    labels = f", {len(images.classes)} classes" if images.labels is not None else ""
+    layout = f"patch {spec.args['patch_size']}" if spec.is_vit else spec.architecture
+    lines = {
+        "images": f"{images.name}: {len(images):,}{labels}, kept at {images.pixels.shape[-1]} px"
+        + (f"; {len(images.skipped):,} could not be decoded" if images.skipped else ""),
+        "encoder": f"{recipe.encoder} ({layout}) at {recipe.image_size} px: "
+        f"{sizes[0]:.1f} M parameters, and {sizes[1]:.1f} M in the head",
+        "steps": f"{progress.steps:,} in {recipe.epochs:,} epochs of {trainer.steps_per_epoch:,}"
+        + (f", of which {progress.step:,} are done" if progress.step else ""),
+        "batch": f"{recipe.batch_size:,} images: {world_size()} process(es) x {recipe.accumulate} micro-batch(es) of "
+        f"{trainer.micro_size:,}",
+        "learning": f"{recipe.optimizer}, learning rate {recipe.lr:.3g} = {recipe.base_lr:.3g} x "
+        f"{recipe.batch_size} / 256; {warmup}{recipe.schedule}",
+        "device": f"{trainer.device}, {'bf16' if trainer.bf16 else 'fp32'}",
+        "estimate": f"{left}, at {seconds:.2f} s a step" + (f"; {memory / 2**30:.1f} GiB of memory" if memory else ""),
+        "out": str(run.directory),
+    }
+    for name, value in lines.items():
+        _say(f"{name:>9}  {value}")
+    for note in recipe.advice():
+        _say(f"  warning  {note}")
+
+
+def _knn_monitor(images: ImageSet, seed: int) -> Callable[[nn.Module], dict[str, float]]:
+    """Accuracy of kNN among training images: four fifths of a sample are the index, one fifth the queries."""
+    sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:KNN_IMAGES]
+    cut = len(sample) * 4 // 5
+    index, queries = images.select(sample[:cut]), images.select(sample[cut:])
+
+    def monitor(model: nn.Module) -> dict[str, float]:
+        encoder = cast(nn.Module, model.encoder)
+        report = knn(extract(encoder, index), extract(encoder, queries), k=min(20, cut))
+        return {"knn_accuracy": report.accuracy}
+
+    return monitor
+
+
+def _card(recipe: "Recipe", images: ImageSet, trainer: Trainer, options: "RunOptions") -> dict[str, Any]:
+    progress = trainer.progress
+    return {
+        "method": recipe.method,
+        "recipe": recipe.to_dict(),
+        "data": {"name": images.name, "images": len(images), "digest": images.digest},
+        "training": {
+            "epochs": progress.step / trainer.steps_per_epoch,
+            "steps": progress.step,
+            "finished": progress.finished,
+            "minutes": round(progress.seconds / 60, 1),
+            "hardware": _hardware(trainer.device),
+            "precision": "bf16" if trainer.bf16 else "fp32",
+            "seed": options.seed,
+            "init": options.init,
+            "vision_ssl": __version__,
+            "commit": _commit(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{world_size()} x {torch.cuda.get_device_name(device)}"
+    name = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():  # Linux, where `platform` knows the architecture alone
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+def _commit() -> str | None:
+    """The commit of this package, when it runs from a clone; with a + if its files were changed since."""
+    package = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(package), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        commit = git("log", "-1", "--format=%h", "--", ".")
+        changed = git("status", "--porcelain", "--", ".")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+" if commit and changed else commit or None

@@ -1,0 +1,255 @@
+"""Probes: how well a simple classifier on frozen features tells classes apart.
+
+The linear probe and kNN are fitted on training images and scored on others. `resubstitution` scores on the images
+that it was fitted on: it shows how well a classifier memorises, not how good the features are.
+"""
+
+import os
+import warnings
+from itertools import zip_longest
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import first_few
+from .data import Source, Split
+from .errors import DataError, RecipeError
+from .features import Features, extract
+from .logistic import L2_GRID, choose_l2, logistic_regression
+from .report import RESUBSTITUTION, Report
+
+Protocol = Literal["linear", "knn", "resubstitution"]
+
+BLOCK = 1 << 24  # elements of the largest temporary matrix, of similarities: 64 MB
+
+
+def linear(train: Features, val: Features, *, seed: int = 0) -> Report:
+    """Fit a linear classifier on training features, and score it on others.
+
+    Features are standardised by the statistics of the training images. The classifier is multinomial logistic
+    regression, solved to convergence; `logistic_regression` states its objective. Its l2 is the one of a
+    logarithmic grid with the lowest cross-entropy on a held-out fifth of the training images, at most 20,000 of
+    which take part in that choice; the classifier is then fitted on all. Validation images serve for nothing but
+    the scores.
+
+    Args:
+        train: Features to fit on, with labels.
+        val: Features of other images, with labels of the same classes.
+        seed: Of the held-out split and the bootstrap.
+
+    Raises:
+        DataError: Labels are missing, or the two do not fit together.
+
+    Warns:
+        UserWarning: `val` has a class that `train` lacks, or the solver ran out of iterations.
+    """
+    train_labels = _check_pair(train, val)
+    n_classes = len(train.classes)
+    settings = choose_l2(train.features, train_labels, n_classes, seed)
+    classifier = logistic_regression(train.features, train_labels, n_classes, settings["l2"])
+    train_accuracy = _accuracy(classifier.predict(train.features), train_labels)
+    predictions = classifier.predict(val.features)
+    return _report("linear", predictions, train, val, train_accuracy, settings, seed)
+
+
+def knn(train: Features, val: Features, *, k: int = 20, temperature: float | None = 0.07, seed: int = 0) -> Report:
+    """Classify each image by a vote of its k nearest training images, by cosine similarity.
+
+    A neighbour's vote weighs exp(similarity / temperature) (Wu et al. 2018, "Unsupervised Feature Learning via
+    Non-Parametric Instance Discrimination", section 3.4). Of equally near neighbours the first in `train` counts,
+    of classes with equal votes the first.
+
+    Args:
+        train: Features to look for neighbours in, with labels.
+        val: Features of other images, with labels of the same classes.
+        k: Number of neighbours.
+        temperature: Above 0; None counts every neighbour's vote alike.
+        seed: Of the bootstrap.
+
+    Raises:
+        DataError: Labels are missing, or the two do not fit together.
+        RecipeError: `k` is more than there are training images, or a setting is out of range.
+
+    Warns:
+        UserWarning: `val` has a class that `train` lacks.
+    """
+    if not 1 <= k <= len(train):
+        raise RecipeError(f"k={k}: expected 1 to {len(train):,}, the number of training images")
+    if temperature is not None and not temperature > 0:
+        raise RecipeError(f"temperature={temperature}: expected above 0, or None for votes of equal weight")
+    labels = _check_pair(train, val)
+    index = F.normalize(train.features)
+    predictions = [
+        _vote(F.normalize(queries) @ index.T, labels, len(train.classes), k, temperature)
+        for queries in val.features.split(max(1, BLOCK // len(train)))
+    ]
+    protocol = f"knn-{k}" if temperature is not None else f"knn-{k}-unweighted"
+    settings = {"k": k, "temperature": temperature}
+    return _report(protocol, torch.cat(predictions), train, val, None, settings, seed)
+
+
+def resubstitution(features: Features, *, seed: int = 0) -> Report:
+    """Fit a linear classifier and score it on the very same images: a training accuracy.
+
+    It exists to compare with work that reports such figures. The classifier is that of `linear` with the weakest
+    l2 of the grid, which memorises best.
+
+    Args:
+        features: Features to fit and score on, with labels.
+        seed: Of the bootstrap.
+
+    Raises:
+        DataError: Labels are missing or of a single class, or a feature is not finite.
+
+    Warns:
+        UserWarning: Always: what this measures is not the quality of the features.
+    """
+    warnings.warn(
+        "resubstitution scores a classifier on the images that it was fitted on: this is a training accuracy, and "
+        "says little about the features",
+        stacklevel=2,
+    )
+    labels = _check_fit(features, "features")
+    settings = {"l2": L2_GRID[-1]}
+    classifier = logistic_regression(features.features, labels, len(features.classes), settings["l2"])
+    predictions = classifier.predict(features.features)
+    accuracy = _accuracy(predictions, labels)
+    return _report(RESUBSTITUTION, predictions, features, features, accuracy, settings, seed)
+
+
+def evaluate(
+    encoder: nn.Module,
+    *,
+    train: "Source | Features",
+    val: "Source | Features",
+    protocol: Protocol = "linear",
+    device: str | torch.device | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> Report:
+    """Measure an encoder: extract the features of both sources, and probe them.
+
+    Args:
+        encoder: A frozen encoder, as `extract` takes it.
+        train: Labelled images to fit on (of a source with several splits, "train"), or their features.
+        val: Labelled images to score on (of a source with several splits, "val"), or their features.
+        protocol: "linear", "knn", or "resubstitution", which fits and scores on `val` and never opens `train`.
+        device: Where the encoder computes; by default where it is.
+        cache_dir: Where the decoded images are kept.
+        seed: See the protocol.
+
+    Raises:
+        DataError: A source cannot be read or has no labels, or the two do not fit together.
+        RecipeError: There is no such protocol.
+    """
+
+    def features(source: "Source | Features", split: Split) -> Features:
+        if isinstance(source, Features):
+            return source
+        return extract(encoder, source, split=split, device=device, cache_dir=cache_dir, require_labels=True)
+
+    if protocol == "linear":
+        return linear(features(train, "train"), features(val, "val"), seed=seed)
+    if protocol == "knn":
+        return knn(features(train, "train"), features(val, "val"), seed=seed)
+    if protocol == "resubstitution":
+        return resubstitution(features(val, "val"), seed=seed)
+    raise RecipeError(f"protocol={protocol!r}: expected 'linear', 'knn' or 'resubstitution'")
+
+
+def _check(features: Features, name: str) -> Tensor:
+    """Return the labels of features that a probe can use."""
+    if features.labels is None:
+        raise DataError(f"{name}: got {len(features):,} features without labels, expected labelled ones")
+    bad = ~features.features.isfinite().all(dim=1)
+    if bad.any():
+        where = features.paths[int(bad.int().argmax())]
+        raise DataError(
+            f"{name}: {int(bad.sum()):,} of {len(features):,} features hold NaN or infinity, the first is of {where}"
+        )
+    return features.labels
+
+
+def _check_fit(features: Features, name: str) -> Tensor:
+    """Return the labels of features that a classifier can be fitted on."""
+    labels = _check(features, name)
+    found = labels.unique()
+    if len(found) < 2:
+        raise DataError(f"{name}: {len(features):,} features of {len(found)} class, expected at least 2 classes")
+    return labels
+
+
+def _check_pair(train: Features, val: Features) -> Tensor:
+    """Return the training labels of two sets that fit together."""
+    train_labels, val_labels = _check_fit(train, "train"), _check(val, "val")
+    if train.classes != val.classes:
+        pairs = enumerate(zip_longest(val.classes, train.classes))
+        label, (ours, theirs) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+        raise DataError(f"val: class {label} is {ours!r}, expected {theirs!r} as in train")
+    if train.features.shape[1] != val.features.shape[1]:
+        raise DataError(
+            f"val: features have width {val.features.shape[1]}, expected {train.features.shape[1]} as in train"
+        )
+    if train.digest == val.digest:
+        raise DataError("val: holds the same images as train, expected others; to score on them, use resubstitution")
+    lacking = ~torch.isin(val_labels, train_labels)
+    if lacking.any():
+        names = first_few([val.classes[label] for label in val_labels[lacking].unique().tolist()])
+        warnings.warn(
+            f"val: {int(lacking.sum()):,} images of {names} cannot be recognised, because train has none",
+            stacklevel=3,
+        )
+    return train_labels
+
+
+def _report(
+    protocol: str,
+    predictions: Tensor,
+    train: Features,
+    val: Features,
+    train_accuracy: float | None,
+    settings: dict[str, Any],
+    seed: int,
+) -> Report:
+    return Report.score(
+        protocol,
+        predictions.numpy(),
+        cast(Tensor, val.labels).numpy(),
+        val.classes,
+        train_accuracy=train_accuracy,
+        n_train=len(train),
+        settings=settings,
+        seed=seed,
+        train_digest=train.digest,
+        val_digest=val.digest,
+    )
+
+
+def _accuracy(predictions: Tensor, labels: Tensor) -> float:
+    return 100 * float((predictions == labels).double().mean())
+
+
+def _vote(similarity: Tensor, labels: Tensor, n_classes: int, k: int, temperature: float | None) -> Tensor:
+    """Classes (B,) that the k nearest of n training images vote for, from similarities (B, n)."""
+    nearest = _nearest(similarity, k)
+    weight = torch.ones_like(nearest, dtype=similarity.dtype)
+    if temperature is not None:
+        near = similarity.gather(1, nearest)
+        weight = ((near - near.amax(dim=1, keepdim=True)) / temperature).exp()  # cannot overflow like this
+    votes = similarity.new_zeros(len(similarity), n_classes)
+    return votes.scatter_add_(1, labels[nearest], weight).argmax(dim=1)
+
+
+def _nearest(similarity: Tensor, k: int) -> Tensor:
+    """Indices (B, k) of the k largest in each row; of equal ones the first, on which `topk` is silent."""
+    largest, nearest = similarity.topk(k, dim=1)
+    last = largest[:, -1:]
+    tied = (similarity >= last).sum(dim=1) > k
+    if tied.any():
+        rows, last = similarity[tied], last[tied]
+        above, level = rows > last, rows == last
+        room = k - above.sum(dim=1, keepdim=True)
+        nearest[tied] = (above | level & (level.cumsum(dim=1) <= room)).nonzero()[:, 1].view(-1, k)
+    return nearest

@@ -1,0 +1,83 @@
+"""Files of tensors and text that appear whole or not at all, and are read with errors that name them."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CheckpointError
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `path`, then rename: neither a crash nor a full disk leaves half a file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(beside)
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())  # otherwise a power cut could keep the new name without the content
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}; what was there before is unharmed") from error
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        CheckpointError: The disk refuses.
+    """
+    _replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def save_json(path: Path, data: dict[str, Any]) -> None:
+    """Write readable JSON.
+
+    Raises:
+        CheckpointError: The disk refuses.
+    """
+    save_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
+    """Write named tensors, with plain facts in the header, as safetensors.
+
+    Raises:
+        CheckpointError: The disk refuses.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {name: json.dumps(fact) for name, fact in (facts or {}).items()}
+    _replace(path, lambda beside: save_file(whole, beside, metadata={"format": "pt", **header}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: the tensors and the facts.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or not safetensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not there")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+    header.pop("format", None)
+    return tensors, {name: _fact(text) for name, text in header.items()}
+
+
+def _fact(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:  # a file from elsewhere
+        return text
