@@ -89,7 +89,14 @@ TENSOR = torch.from_numpy(COLOUR).permute(2, 0, 1)
 @pytest.mark.parametrize("size", [12, 20])
 @pytest.mark.parametrize(
     "item",
-    [Image.fromarray(COLOUR), COLOUR, TENSOR, TENSOR / 255, (TENSOR / 255).numpy(), TENSOR.double() / 255],
+    [
+        Image.fromarray(COLOUR),
+        COLOUR,
+        TENSOR,
+        TENSOR / 255,
+        (TENSOR / 255).numpy(),
+        ((TENSOR - 0.4) / 255).clamp(min=0),
+    ],
 )
 def test_every_kind_of_colour_item_gives_the_same_pixels(item: Any, size: int) -> None:
     (pixels,), labels = go_through(Items(item), size)

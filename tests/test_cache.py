@@ -301,7 +301,7 @@ print(cached.digest, int(cached.pixels.sum(dtype=int)))
 def start_and_wait_until_it_builds(root: Path, directory: Path, pause: float) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", READ, str(root), str(directory), str(pause)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not list(directory.glob(".building-*/pixels.u8")):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]  # it ships no types
 
+from vision_ssl import data
 from vision_ssl.data import ImageSet, Preprocess, channel_statistics, default_cache_dir, open_images
 from vision_ssl.errors import DataError
 
@@ -184,6 +185,20 @@ def test_an_array_of_the_right_size_stays_where_it_is() -> None:
     assert images.classes == ()
     assert images.paths == ("0", "1", "2", "3", "4")
     assert images.name == "array"
+
+
+def test_the_digest_follows_the_shape() -> None:
+    pixels = noise(2, 1, 20, 20)
+    assert open_images(pixels, size=20).digest != open_images(pixels.reshape(1, 2, 20, 20), size=20).digest
+
+
+def test_an_array_is_resized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = noise(5, 20, 20, 3)
+    first = open_images(pixels, size=12)
+    monkeypatch.delattr(data, "fit_planes")
+    second = open_images(pixels, size=12)
+    assert second.digest == first.digest
+    assert torch.equal(second.pixels, first.pixels)
 
 
 def test_an_array_that_may_only_be_read() -> None:

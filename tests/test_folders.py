@@ -181,6 +181,10 @@ def test_imagenet100_with_a_folder_without_label(imagenet100: Path) -> None:
         list_folder(imagenet100, "val", None)
 
 
+def test_a_plain_folder_may_hold_a_labels_file(tmp_path: Path) -> None:
+    assert list_folder(tree(tmp_path, "a/1.jpg", "b/2.jpg", "Labels.json"), "train", None).classes == ("a", "b")
+
+
 def test_parts_of_a_plain_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"parts \('a',\): source .* has none"):
         list_folder(tree(tmp_path, "a/1.jpg"), "train", ("a",))

@@ -152,9 +152,7 @@ def test_comparison(tmp_path: Path, figures: list[Any]) -> None:
 
 def test_missing_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(
-        MissingExtraError, match=r'matplotlib is not installed: pip install "vision-ssl\[plot\]"'
-    ):
+    with pytest.raises(MissingExtraError, match=r'matplotlib is not installed: pip install "vision-ssl\[plot\]"'):
         plots.curves(training(2), tmp_path / "curves.png")
 
 

@@ -132,9 +132,7 @@ def resize_weights(start: Tensor, length: Tensor, *, source: int, target: int, i
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def crop_resize(
-    images: Tensor, boxes: Tensor, flips: Tensor, *, size: int, interpolation: str = "bilinear"
-) -> Tensor:
+def crop_resize(images: Tensor, boxes: Tensor, flips: Tensor, *, size: int, interpolation: str = "bilinear") -> Tensor:
     """Crop, resize and flip each image by its own parameters: two batched matrix products.
 
     Args:

@@ -172,7 +172,7 @@ def _content_digest(root: Path, paths: Sequence[str], directory: Path) -> str:
     hashes = list(tqdm(hashing, f"{root}: hashing", len(paths), **_BAR))
     digest = _sha256(*paths, *hashes)
     if _UNREADABLE not in hashes:  # a permission may change without a trace in size and time
-        with contextlib.suppress(OSError, CheckpointError):  # only speed is lost
+        with contextlib.suppress(CheckpointError):  # only speed is lost
             save_text(remembered, digest)
     return digest
 

@@ -262,7 +262,7 @@ def _train_command(preset: str) -> Callable[[Any], None]:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; an error that we foresaw is one line on stderr, and exit status 1."""
     given = sys.argv[1:] if arguments is None else arguments
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser("vision-ssl", add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="small-64")
     preset = early.parse_known_args(given)[0].preset
     commands: dict[str, Callable[..., None]] = {
@@ -285,5 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
             args=given,
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
         )
-    except VisionSSLError as error:
+    except (VisionSSLError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")

@@ -6,16 +6,17 @@ from pathlib import Path
 import torch
 
 from . import hub
-from .features import Features, extract
-from .named import photographs
+from .data import Split, photographs
+from .features import Features, extract, pixel_features
 from .plots import comparison, curves, reconstruction
-from .probe import knn, linear, pixel_features
-from .registry import WEIGHTS
-from .report import Report, table
+from .probe import knn, linear
+from .registry import WEIGHTS, Weights
+from .report import Report, paired_bootstrap, table
 from .restore import random_encoder, recipe_of, reconstruct
 from .storage import save_text
 
 SOURCE = "fashion-mnist-mini"
+_SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 def demo(out: Path) -> None:
@@ -25,31 +26,34 @@ def demo(out: Path) -> None:
         out: Folder for `scores.md` and the pictures.
     """
     began = time.monotonic()
-    print(
-        f"Features of {SOURCE}, none of whose images any model was trained on: 1,000 to fit, 1,000 to score."
-    )
+    print(f"{SOURCE}: 1,000 images to fit, 1,000 to score; no model has seen any of them.\n", flush=True)
     rows: list[tuple[str, Report]] = []
     for weights in WEIGHTS:
-        for label, encoder in {
-            weights.name: hub.load(weights.name),
-            f"{weights.name}, random": random_encoder(weights.name),
-        }.items():
-            rows += _scores(label, *(extract(encoder, SOURCE, split=split) for split in ("train", "val")))
-    size = recipe_of(WEIGHTS[0].name).image_size
-    rows += _scores(
-        "raw pixels", *(pixel_features(SOURCE, size=size, split=split) for split in ("train", "val"))
-    )
-    text = table(rows)
-    print(f"\n{text}\n")
+        encoders = {weights.name: hub.load(weights.name), _untrained(weights): random_encoder(weights.name)}
+        for label, encoder in encoders.items():
+            rows += _scores(label, *(extract(encoder, SOURCE, split=split) for split in _SPLITS))
+    rows += _scores("raw pixels", *(pixel_features(SOURCE, size=28, split=split) for split in _SPLITS))
+    linears = {label: report for label, report in rows if report.protocol == "linear"}
+    gains = [
+        f"{weights.name} gains {paired_bootstrap(linears[weights.name], linears[_untrained(weights)])} by its training."
+        for weights in WEIGHTS
+    ]
+    text = "\n".join([table(rows), "", *gains])
+    print(text)
     save_text(out / "scores.md", text + "\n")
     pictures = [comparison(rows, out / "scores.png")]
     for weights in WEIGHTS:
-        pictures.append(curves(weights.directory, out / f"{weights.name}.curves.png"))
+        pictures.append(curves(weights.directory, out / f"{weights.name}-curves.png"))
         if recipe_of(weights.name).method == "mae":
             images = list(photographs().values())
             pictures.append(reconstruction(*reconstruct(weights.name, images), out / f"{weights.name}.png"))
-    print("\n".join(str(picture) for picture in pictures))
-    print(f"{time.monotonic() - began:.0f} s on {torch.get_num_threads()} threads")
+    print(
+        "\n".join(["", *map(str, pictures), f"{time.monotonic() - began:.0f} s on {torch.get_num_threads()} threads"])
+    )
+
+
+def _untrained(weights: Weights) -> str:
+    return f"{weights.name}, untrained"
 
 
 def _scores(label: str, train: Features, val: Features) -> list[tuple[str, Report]]:

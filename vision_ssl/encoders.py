@@ -48,9 +48,7 @@ class EncoderSpec:
 
     def build(self, num_classes: int = 0) -> nn.Module:
         """Build the encoder with random weights; `num_classes=0` gives pooled features."""
-        return timm.create_model(
-            self.architecture, num_classes=num_classes, in_chans=self.channels, **self.args
-        )
+        return timm.create_model(self.architecture, num_classes=num_classes, in_chans=self.channels, **self.args)
 
 
 def resolve_encoder(

@@ -22,9 +22,10 @@ from tqdm import tqdm
 from .augment import Draws
 from .checkpoint import load_checkpoint, save_checkpoint
 from .cpu import use_fast_kernels
-from .distributed import any_rank, rank, world_size
+from .distributed import any_rank, gather, rank, world_size
 from .errors import CheckpointError, RecipeError, TrainingError
 from .optim import build_optimizer, schedule_factor
+from .storage import save_text
 
 if TYPE_CHECKING:
     from .recipes import Recipe
@@ -89,40 +90,55 @@ class Metrics:
     pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = field(default_factory=list)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after `step`: they will be written again."""
+        """Drop the lines after `step`, which will be written again, and a last one that was cut off.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
         if rank() or not self.path.exists():
             return
         lines = self.path.read_text().splitlines(keepends=True)
-        self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        save_text(self.path, "".join(line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= step))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line, from the first process."""
-        if rank() == 0:
+        """Append one line, from the first process.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        if rank() > 0:
+            return
+        try:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error}; the last checkpoint is untouched") from error
 
     def flush(self) -> None:
-        """Write what is pending.
+        """Write what is pending, as means over all processes, which must come here together.
 
         Raises:
             TrainingError: A loss is not finite.
+            CheckpointError: The disk refuses.
         """
         if not self.pending:
             return
         # One transfer from the device for all lines.
-        values = torch.stack([torch.stack(list(tensors.values())).float() for _, tensors in self.pending]).tolist()
-        lines = [
-            facts | dict(zip(tensors, row, strict=True))
-            for (facts, tensors), row in zip(self.pending, values, strict=True)
-        ]
-        self.pending.clear()
-        for line in lines:
+        values = torch.stack([torch.stack(list(tensors.values())).float() for _, tensors in self.pending])
+        rows = gather(values[None]).mean(dim=0).tolist()
+        for (facts, tensors), row in zip(self.pending, rows, strict=True):
+            line = facts | dict(zip(tensors, row, strict=True))
             if not math.isfinite(line["loss"]):
-                raise TrainingError(
-                    f"the loss is {line['loss']} at step {line['step']}, with learning rate {line['lr']:.3g}: "
-                    "try a lower base_lr, a longer warm-up or clip_grad=1.0; the last checkpoint is untouched"
-                )
+                raise _not_finite(f"the loss is {line['loss']}", line["step"], line["lr"])
             self.write(line)
+        self.pending.clear()
+
+
+def _not_finite(what: str, step: int, lr: float) -> TrainingError:
+    return TrainingError(
+        f"{what} at step {step:,}, with learning rate {lr:.3g}: try a lower base_lr, a longer warm-up or "
+        "clip_grad=1.0; the last checkpoint is untouched"
+    )
 
 
 @contextmanager
@@ -172,16 +188,17 @@ class Trainer:
         seed: int,
         facts: dict[str, Any],
     ) -> None:
-        self.micro_size, rest = divmod(recipe.batch_size, world_size() * recipe.accumulate)
+        pieces = world_size() * recipe.accumulate
+        self.micro_size, rest = divmod(recipe.batch_size, pieces)
         if rest:
             raise RecipeError(
-                f"batch_size={recipe.batch_size} is not divisible by processes * accumulate = "
-                f"{world_size() * recipe.accumulate}"
+                f"batch_size={recipe.batch_size} is not divisible by processes * accumulate = {pieces}: "
+                f"the nearest valid is {max(1, round(recipe.batch_size / pieces)) * pieces}"
             )
         if len(pixels) < recipe.batch_size:
             raise RecipeError(
                 f"batch_size={recipe.batch_size} is larger than the data set of {len(pixels)} images: "
-                f"the nearest valid is {len(pixels)}"
+                f"the nearest valid is {len(pixels) // pieces * pieces}"
             )
         if device.type == "cpu":
             use_fast_kernels(model)
@@ -214,6 +231,8 @@ class Trainer:
             CheckpointError: It is missing or damaged, or belongs to another model or other images.
         """
         facts = load_checkpoint(self.checkpoint, self.model, self.optimizer)
+        if missing := {"step", "seconds", *self.facts} - facts.keys():
+            raise CheckpointError(f"{self.checkpoint} is not a checkpoint: it lacks {', '.join(sorted(missing))}")
         for name, value in self.facts.items():
             if facts[name] != value:
                 raise CheckpointError(f"{self.checkpoint} has another {name}: {facts[name]}, but given is {value}")
@@ -280,16 +299,23 @@ class Trainer:
         return lr, metrics
 
     def save(self) -> None:
-        """Write the checkpoint, from the first process.
+        """Write the checkpoint, from the first process; all of them must come here together.
 
         Raises:
-            TrainingError: A loss since the last one is not finite: the last one stays.
+            TrainingError: A loss since the last one, or a weight, is not finite: the last one stays.
             CheckpointError: The disk refuses: the last one stays.
         """
-        self.metrics.flush()
+        self._verify()
         if rank() == 0:
             facts = self.facts | {"step": self.progress.step, "seconds": self.progress.seconds}
             save_checkpoint(self.checkpoint, self.model, self.optimizer, facts)
+
+    def _verify(self) -> None:
+        """Write the metrics, and see that the step after a finite loss did not break the weights."""
+        self.metrics.flush()
+        broken = [name for name, tensor in self.model.state_dict().items() if not tensor.isfinite().all()]
+        if broken:
+            raise _not_finite(f"{broken[0]} is not finite", self.progress.step, self.optimizer.param_groups[0]["lr"])
 
     def fit(
         self,
@@ -298,7 +324,7 @@ class Trainer:
         monitor_epochs: int,
         time_limit: float | None,
         save_minutes: float,
-    ) -> Progress:
+    ) -> None:
         """Train until the last step, the time limit, Ctrl-C or SIGTERM; the checkpoint is saved in any case.
 
         Args:
@@ -308,30 +334,24 @@ class Trainer:
             save_minutes: Minutes between checkpoints.
 
         Raises:
-            TrainingError: The loss is not finite.
+            TrainingError: The loss or a weight is not finite.
+            CheckpointError: The disk refuses.
         """
-        progress, recipe = self.progress, self.recipe
-        began = last_save = last_step = time.monotonic()
-        seconds_before = progress.seconds
+        progress, seconds_before = self.progress, self.progress.seconds
+        began = last_save = last_step = time.perf_counter()
         self.model.train()
-        bar = tqdm(
-            total=progress.steps,
-            initial=progress.step,
-            unit="step",
-            disable=rank() > 0 or None,
-            file=sys.stderr,
-        )
+        bar = tqdm(total=progress.steps, initial=progress.step, unit="step", disable=rank() > 0 or None)
         with stop_signals() as stop, bar:
             while not progress.finished:
                 lr, tensors = self._step()
                 progress.step += 1
-                now = time.monotonic()
+                now = time.perf_counter()
                 progress.seconds = seconds_before + now - began
                 facts = {
                     "step": progress.step,
                     "epoch": round(progress.step / self.steps_per_epoch, 4),
                     "lr": lr,
-                    "images_per_second": round(recipe.batch_size / (now - last_step), 1),
+                    "images_per_second": round(self.recipe.batch_size / (now - last_step), 1),
                 }
                 last_step = now
                 self.metrics.pending.append((facts, tensors))
@@ -341,19 +361,18 @@ class Trainer:
                     self.metrics.flush()
                 epoch, position = divmod(progress.step, self.steps_per_epoch)
                 if monitor and monitor_epochs and position == 0 and (epoch % monitor_epochs == 0 or progress.finished):
-                    self.metrics.flush()
+                    self._verify()
                     if rank() == 0:
                         self.metrics.write({"step": progress.step, "epoch": epoch, **monitor(self.model)})
                         self.model.train()
-                    last_step = time.monotonic()
+                    last_step = time.perf_counter()
                 late = time_limit is not None and now - began > 60 * time_limit
                 if any_rank(stop.is_set() or late, self.device):
                     break
-                if now - last_save > 60 * save_minutes and rank() == 0:
+                if any_rank(now - last_save > 60 * save_minutes, self.device):
                     self.save()
-                    last_save = last_step = time.monotonic()
-        self.save()
-        return progress
+                    last_save = last_step = time.perf_counter()
+            self.save()  # a first signal while this is written does not end it
 
 
 def _near(pixels: Tensor, device: torch.device) -> Tensor:
@@ -370,8 +389,7 @@ def _peak_memory(device: torch.device) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _mix(*numbers: int) -> int:

@@ -7,16 +7,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from .cache import first_few
 from .data import Preprocess, channel_statistics
-from .encoders import EncoderSpec, feature_dim, resize_input
-from .errors import CheckpointError, WeightsError
+from .encoders import ENCODERS, STEMS, EncoderSpec, feature_dim, resize_input, resolve_encoder
+from .errors import CheckpointError, RecipeError, WeightsError
 from .registry import find, list_models
 from .storage import load_tensors, save_json, save_tensors
 
 ENCODER_FILE, HEAD_FILE, CONFIG_FILE = "model.safetensors", "head.safetensors", "config.json"
+
+# All that a config may ask for: timm would build anything, and some of it opens further files.
+_ARCHITECTURES = {
+    resolve_encoder(name, image_size=224, stem=stem).architecture: (name, stem) for name in ENCODERS for stem in STEMS
+}
 
 
 class Encoder(nn.Module):
@@ -61,15 +66,19 @@ def save(
         WeightsError: A value is not finite in float16, such as a BatchNorm statistic above 65,504.
         CheckpointError: The disk refuses.
     """
-    parts = {ENCODER_FILE: encoder} | ({HEAD_FILE: head} if head is not None else {})
-    for file, module in parts.items():
-        save_tensors(directory / file, {name: _half(name, tensor) for name, tensor in module.state_dict().items()})
+    modules = {ENCODER_FILE: encoder} | ({HEAD_FILE: head} if head is not None else {})
+    parts = {
+        file: {name: _half(name, tensor) for name, tensor in module.state_dict().items()}
+        for file, module in modules.items()
+    }
+    for file, tensors in parts.items():  # only now: a value that is refused leaves all files as they were
+        save_tensors(directory / file, tensors)
     mean, std = channel_statistics(spec.channels)
     config = {
         "architecture": spec.architecture,
         "num_classes": 0,
         "num_features": feature_dim(encoder),
-        "model_args": spec.args | ({} if spec.channels == 3 else {"in_chans": spec.channels}),
+        "model_args": _model_args(spec),
         "pretrained_cfg": {
             "num_classes": 0,
             "input_size": [spec.channels, spec.image_size, spec.image_size],
@@ -83,6 +92,10 @@ def save(
         "vision_ssl": card | {"sha256": {file: file_hash(directory / file) for file in parts}},
     }
     save_json(directory / CONFIG_FILE, config)
+
+
+def _model_args(spec: EncoderSpec) -> dict[str, Any]:
+    return spec.args | ({} if spec.channels == 3 else {"in_chans": spec.channels})
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:
@@ -128,16 +141,20 @@ def load(
 
     Raises:
         WeightsError: The name is unknown, a file is damaged, or a hash is not the registered one.
+        RecipeError: `num_classes` is negative, or the encoder cannot take images of this size.
     """
+    if num_classes < 0:
+        raise RecipeError(f"num_classes={num_classes} is too small: expected at least 0")
+    if image_size is not None and image_size < 1:
+        raise RecipeError(f"image_size={image_size} is too small: expected at least 1")
     directory, hashes = _locate(name)
-    config = _read_config(directory)
-    spec = _spec(config)
+    spec, card = _read_config(directory)
     encoder = spec.build(num_classes)
     if pretrained:
         _fill(encoder, directory / ENCODER_FILE, hashes, new_head=num_classes > 0)
     if image_size is not None and image_size != spec.image_size:
         resize_input(encoder, image_size)
-    return attach(encoder, image_size or spec.image_size, spec.channels, config["vision_ssl"]).eval()
+    return attach(encoder, image_size or spec.image_size, spec.channels, card).eval()
 
 
 def attach(module: nn.Module, image_size: int, channels: int, card: dict[str, Any]) -> Encoder:
@@ -152,7 +169,7 @@ def load_into(model: nn.Module, name: str | os.PathLike[str], *, head_required: 
     """Put the weights of `name` into a model's `encoder`, and into its `head` where they fit.
 
     Args:
-        model: Has an `encoder` and a `head`.
+        model: Has an `encoder`, a timm module, and a `head`.
         name: As for `load`.
         head_required: Refuse weights whose head is missing or does not fit; otherwise such a head stays as it is.
 
@@ -160,7 +177,11 @@ def load_into(model: nn.Module, name: str | os.PathLike[str], *, head_required: 
         WeightsError: The weights are of another architecture, or cannot be read.
     """
     directory, hashes = _locate(name)
-    _fill(cast(nn.Module, model.encoder), directory / ENCODER_FILE, hashes)
+    encoder = cast(Any, model.encoder)
+    architecture, expected = _read_config(directory)[0].architecture, encoder.pretrained_cfg["architecture"]
+    if architecture != expected:  # of the two small stems, either would take the other's tensors
+        raise WeightsError(f"{str(name)!r} holds a {architecture}: expected {expected}, as encoder and stem ask for")
+    _fill(encoder, directory / ENCODER_FILE, hashes)
     path, head = directory / HEAD_FILE, cast(nn.Module, model.head)
     if head_required or (path.is_file() and _shapes(load_tensors(path)[0]) == _shapes(head.state_dict())):
         _fill(head, path, hashes)
@@ -172,7 +193,7 @@ def read_card(name: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         WeightsError: The name is unknown.
     """
-    return cast(dict[str, Any], _read_config(_locate(name)[0])["vision_ssl"])
+    return _read_config(_locate(name)[0])[1]
 
 
 def _locate(name: str | os.PathLike[str]) -> tuple[Path, dict[str, str]]:
@@ -195,24 +216,36 @@ def _locate(name: str | os.PathLike[str]) -> tuple[Path, dict[str, str]]:
     raise WeightsError(f"{str(name)!r} is neither a known model nor a path: {hint}")
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(directory: Path) -> tuple[EncoderSpec, dict[str, Any]]:
+    """The encoder and the card that `config.json` describes, if this package could have written it."""
+    path = directory / CONFIG_FILE
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        config["architecture"], config["model_args"], config["pretrained_cfg"]["input_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{directory / CONFIG_FILE} is not the description of an encoder: {error!r}") from error
-    config.setdefault("vision_ssl", {})
-    return cast(dict[str, Any], config)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        architecture, args = config["architecture"], dict(config["model_args"])
+        channels, size, _ = config["pretrained_cfg"]["input_size"]
+        card = dict(config.get("vision_ssl", {}))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise WeightsError(f"{path} is not the description of an encoder: {reason}") from error
+    if str(architecture) not in _ARCHITECTURES:
+        raise WeightsError(f"{path} asks for {architecture!r}: expected one of {', '.join(_ARCHITECTURES)}")
+    numbers = {"channels": channels, "image size": size, "patch_size": args.get("patch_size", 1)}
+    for key, number in numbers.items():
+        if type(number) is not int or number < 1:
+            raise WeightsError(f"{path} has {key} {number!r}: expected a whole number above 0")
+    name, stem = _ARCHITECTURES[architecture]
+    patch_size = args.get("patch_size")
+    try:
+        spec = resolve_encoder(name, image_size=size, stem=stem, patch_size=patch_size, channels=channels)
+    except RecipeError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    if args != _model_args(spec):
+        raise WeightsError(f"{path} has model_args {args}: expected {_model_args(spec)}")
+    return spec, card
 
 
-def _spec(config: dict[str, Any]) -> EncoderSpec:
-    channels, size, _ = config["pretrained_cfg"]["input_size"]
-    args = {name: value for name, value in config["model_args"].items() if name != "in_chans"}
-    return EncoderSpec(config["architecture"], size, channels, args)
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _fill(module: nn.Module, path: Path, hashes: dict[str, str], *, new_head: bool = False) -> None:
@@ -221,15 +254,16 @@ def _fill(module: nn.Module, path: Path, hashes: dict[str, str], *, new_head: bo
     if expected is not None and path.is_file() and (actual := file_hash(path)) != expected:
         raise WeightsError(f"{path} has SHA-256 {actual}, but the registry says {expected}: it is refused")
     try:
-        missing, unexpected = module.load_state_dict(load_tensors(path)[0], strict=False)
+        tensors, _ = load_tensors(path)
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
-    except RuntimeError as error:
-        raise WeightsError(f"{path} does not fit {type(module).__name__}: {error}") from error
-    if new_head:
-        missing = [key for key in missing if not key.startswith(("head.", "fc."))]
-    if missing or unexpected:
-        raise WeightsError(
-            f"{path} does not fit {type(module).__name__}: missing {missing or 'none'}, "
-            f"unexpected {unexpected or 'none'}"
-        )
+    given, needed = _shapes(tensors), _shapes(module.state_dict())
+    misfits = [
+        f"{name!r} is {given.get(name, 'missing')}, expected {needed.get(name, 'nothing')}"
+        for name in dict.fromkeys([*needed, *given])
+        if given.get(name) != needed.get(name)
+        and not (new_head and name not in given and name.startswith(("head.", "fc.")))
+    ]
+    if misfits:
+        raise WeightsError(f"{path} does not fit {type(module).__name__}: {first_few(misfits)}")
+    module.load_state_dict(tensors, strict=False)  # a new head keeps its random weights

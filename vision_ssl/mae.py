@@ -189,9 +189,7 @@ class TransformerDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.register_buffer(
-            "position", sincos_position_embedding(dim, grid, prefix_tokens=1), persistent=False
-        )
+        self.register_buffer("position", sincos_position_embedding(dim, grid, prefix_tokens=1), persistent=False)
         self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.pixels = nn.Linear(dim, pixels)

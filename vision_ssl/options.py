@@ -1,16 +1,23 @@
-"""Where and how a run happens, as plain frozen data."""
+"""Where and how a run happens, as plain frozen data; and checks of such data, the recipes' too."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from .errors import RecipeError
 
 if TYPE_CHECKING:
     from .recipes import Recipe
 
 
+LASTING = ("init", "precision", "seed", "parts", "cache_size")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where and how a run happens; nothing here changes what is learned, except `init` and `seed`.
+    """Where and how a run happens; what is learned depends on `LASTING` alone, which a resumed run keeps.
 
     Attributes:
         out: Directory of the run; by default `runs/<method>-<encoder>`.
@@ -40,6 +47,82 @@ class RunOptions:
     save_minutes: float = 10.0
     knn_epochs: int = 5
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_counts(self, "cache_size")
+        check_numbers(self, "time_limit", "save_minutes", "knn_epochs")
+
     def directory(self, recipe: "Recipe") -> Path:
         """Where a run of this recipe goes."""
         return Path(self.out or f"runs/{recipe.method}-{recipe.encoder}")
+
+
+def check_names(owner: str, given: Iterable[str], known: list[str]) -> None:
+    """Refuse names that are not known, with the nearest one that is.
+
+    Raises:
+        RecipeError: A name is unknown.
+    """
+    for name in given:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+            raise RecipeError(f"{owner} has no field {name}: {hint}")
+
+
+def check_choices(settings: Any) -> None:
+    """Refuse values that a dataclass's `Literal` types do not list: Python itself takes any.
+
+    Raises:
+        RecipeError: A value is not among the choices.
+    """
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if get_origin(item.type) is Literal and value not in get_args(item.type):
+            choices = ", ".join(map(str, get_args(item.type)))
+            raise RecipeError(f"{item.name}={value!r} is unknown: expected one of {choices}")
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Refuse fractions and numbers below 1; None stands for a default.
+
+    Raises:
+        RecipeError: A number is not a count.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if not isinstance(value, int):
+            raise RecipeError(f"{name}={value!r} is not a count: expected a whole number, such as 1")
+        if value < 1:
+            raise RecipeError(f"{name}={value} is too small: expected at least 1")
+
+
+def check_numbers(settings: Any, *names: str) -> None:
+    """Refuse negative and infinite numbers; None stands for a default.
+
+    Raises:
+        RecipeError: A number is out of range.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise RecipeError(f"{name}={value} is out of range: expected a number >= 0")
+
+
+def check_probabilities(settings: Any, *names: str) -> None:
+    """Refuse numbers outside [0, 1].
+
+    Raises:
+        RecipeError: A number is out of range.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 <= value <= 1:
+            raise RecipeError(f"{name}={value} is out of range: expected a probability in [0, 1]")
+
+
+def changed_fields(settings: Any) -> list[str]:
+    """Names of a dataclass's fields that differ from their defaults."""
+    return [item.name for item in fields(settings) if getattr(settings, item.name) != item.default]

@@ -81,9 +81,7 @@ def read_metrics(run: str | os.PathLike[str]) -> Sequence[Record]:
     return records
 
 
-def reconstruction(
-    original: "Tensor", masked: "Tensor", reconstructed: "Tensor", out: str | os.PathLike[str]
-) -> Path:
+def reconstruction(original: "Tensor", masked: "Tensor", reconstructed: "Tensor", out: str | os.PathLike[str]) -> Path:
     """Draw what MAE was shown and what it made of it: one row an image.
 
     Args:
@@ -171,7 +169,7 @@ def _draw_learning_rate(axes: "Axes", steps: npt.NDArray[np.float64], lr: npt.ND
 def _draw_accuracy(axes: "Axes", steps: npt.NDArray[np.float64], accuracy: npt.NDArray[np.float64]) -> None:
     _clean(axes, "kNN accuracy (%)")
     axes.plot(steps, accuracy, color=GREEN, marker="o", markersize=4, linewidth=1.8)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * accuracy.max() or 1)
 
 
 def _column(records: Sequence[Record], name: str) -> npt.NDArray[np.float64]:

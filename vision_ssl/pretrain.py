@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from .distributed import process_group, rank, rank_zero_first, world_size
 from .engine import Trainer, native_bf16, pick_device
 from .errors import CheckpointError, RecipeError
 from .features import extract
+from .options import LASTING, changed_fields
 from .plots import read_metrics
 from .probe import knn
 from .storage import save_json
@@ -46,15 +48,20 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the run was started with: `recipe`, `source`, and further options, as plain data.
+        """What the run was started with: `recipe`, `source`, and the lasting `options`, as plain data.
 
         Raises:
             CheckpointError: There is no run.
         """
         path = self.directory / RUN_FILE
-        if not path.is_file():
-            raise CheckpointError(f"{self.directory} is not a run: expected {RUN_FILE} in it")
-        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings["recipe"]
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.directory} is not a run: expected {RUN_FILE} in it") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        return cast(dict[str, Any], settings)
 
     @cached_property
     def encoder(self) -> hub.Encoder:
@@ -82,6 +89,11 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
         raise CheckpointError(
             f"out={str(run.directory)!r} holds a run already: expected a new directory, or resume=True to go on"
         )
+    # Before the images, whose decoding may take long: what cannot be built is refused at once.
+    torch.manual_seed(options.seed)
+    model = recipe.build()
+    if options.init is not None and not options.resume:
+        hub.load_into(model, options.init)
     with process_group(device):
         with rank_zero_first():
             images = open_images(
@@ -94,10 +106,6 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
             raise RecipeError(
                 f"channels={recipe.channels} does not fit: the images have {images.pixels.shape[1]} channels"
             )
-        torch.manual_seed(options.seed)
-        model = recipe.build()
-        if options.init is not None:
-            hub.load_into(model, options.init)
         encoder = cast(nn.Module, model.encoder)
         hub.attach(encoder, spec.image_size, spec.channels, card={})
         trainer = Trainer(
@@ -112,13 +120,15 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
         )
         if options.resume:
             trainer.resume()
+        cost = trainer.estimate()  # in every process: the loss may need them all
         if rank() == 0:
             if not options.resume:
-                save_json(run.directory / RUN_FILE, {"recipe": recipe.to_dict(), "source": _describe(source)})
-            _announce(recipe, images, trainer, run)
-        watched = images.labels is not None and options.knn_epochs > 0
+                lasting = {name: getattr(options, name) for name in LASTING}
+                facts = {"recipe": recipe.to_dict(), "source": _describe(source), "options": lasting}
+                save_json(run.directory / RUN_FILE, facts)
+            _announce(recipe, images, trainer, run, *cost)
         trainer.fit(
-            monitor=_knn_monitor(images, options.seed) if watched else None,
+            monitor=_knn_monitor(images, options) if options.knn_epochs > 0 else None,
             monitor_epochs=options.knn_epochs,
             time_limit=options.time_limit,
             save_minutes=options.save_minutes,
@@ -127,16 +137,8 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
             card = _card(recipe, images, trainer, options)
             hub.save(run.directory / WEIGHTS_FOLDER, encoder, spec, card=card, head=cast(nn.Module, model.head))
             if not trainer.progress.finished:
-                command = [
-                    "vision-ssl",
-                    "train",
-                    recipe.method,
-                    _describe(source),
-                    "--out",
-                    str(run.directory),
-                ]
                 _say(f"stopped at step {trainer.progress.step:,} of {trainer.progress.steps:,}; to go on:")
-                _say(f"  {shlex.join([*command, '--resume'])}")
+                _say(f"  {_how_to_go_on(recipe, source, options, run)}")
     return run
 
 
@@ -144,11 +146,25 @@ def _describe(source: "Source") -> str:
     return str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
 
 
+def _how_to_go_on(recipe: "Recipe", source: "Source", options: "RunOptions", run: Run) -> str:
+    given = {name: getattr(options, name) for name in changed_fields(options)}
+    again = given.keys() - {*LASTING, "out", "resume", "time_limit"}  # the run itself remembers what is lasting
+    if not isinstance(source, str | os.PathLike):
+        settings = "".join(f"{name}={given[name]!r}, " for name in sorted(again))
+        return f"{type(recipe).__name__}.train(the same images, {settings}out={str(run.directory)!r}, resume=True)"
+    command = ["vision-ssl", "train", recipe.method, str(source), "--out", str(run.directory), "--resume"]
+    for name in sorted(again):
+        command += [f"--{name.replace('_', '-')}", str(given[name])]
+    return shlex.join(command)
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _announce(recipe: "Recipe", images: ImageSet, trainer: Trainer, run: Run) -> None:
+def _announce(
+    recipe: "Recipe", images: ImageSet, trainer: Trainer, run: Run, seconds: float, memory: int | None
+) -> None:
     """Print what was resolved, and what it will cost, before the first step."""
     spec, progress = recipe.encoder_spec(), trainer.progress
     sizes = [
@@ -156,7 +172,6 @@ def _announce(recipe: "Recipe", images: ImageSet, trainer: Trainer, run: Run) ->
         for part in (trainer.model.encoder, trainer.model.head)
     ]
     warmup = f"{recipe.warmup} for {recipe.warmup_length:g} epochs, then " if recipe.warmup_length else ""
-    seconds, memory = trainer.estimate()
     hours = seconds * (progress.steps - progress.step) / 3600
     left = f"{hours:.1f} hours" if hours > 2 else f"{60 * hours:.1f} minutes"
     labels = f", {len(images.classes)} classes" if images.labels is not None else ""
@@ -182,16 +197,23 @@ def _announce(recipe: "Recipe", images: ImageSet, trainer: Trainer, run: Run) ->
         _say(f"  warning  {note}")
 
 
-def _knn_monitor(images: ImageSet, seed: int) -> Callable[[nn.Module], dict[str, float]]:
-    """Accuracy of kNN among training images: four fifths of a sample are the index, one fifth the queries."""
-    sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:KNN_IMAGES]
+def _knn_monitor(images: ImageSet, options: "RunOptions") -> Callable[[nn.Module], dict[str, float]] | None:
+    """Accuracy of kNN among training images: four fifths of a sample are the index, one fifth the queries.
+
+    There is none where the images have no labels, or the index holds a single class.
+    """
+    sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:KNN_IMAGES]
     cut = len(sample) * 4 // 5
+    if images.labels is None or len(images.labels[sample[:cut]].unique()) < 2:
+        return None
     index, queries = images.select(sample[:cut]), images.select(sample[cut:])
 
     def monitor(model: nn.Module) -> dict[str, float]:
         encoder = cast(nn.Module, model.encoder)
-        report = knn(extract(encoder, index), extract(encoder, queries), k=min(20, cut))
-        return {"knn_accuracy": report.accuracy}
+        train, val = (extract(encoder, part, cache_dir=options.cache_dir) for part in (index, queries))
+        with warnings.catch_warnings():  # of few images of many classes, the index may lack one: no news each time
+            warnings.simplefilter("ignore")
+            return {"knn_accuracy": knn(train, val, k=min(20, cut)).accuracy}
 
     return monitor
 
@@ -207,7 +229,7 @@ def _card(recipe: "Recipe", images: ImageSet, trainer: Trainer, options: "RunOpt
             "steps": progress.step,
             "finished": progress.finished,
             "minutes": round(progress.seconds / 60, 1),
-            "hardware": _hardware(trainer.device),
+            "hardware": describe_machine(trainer.device),
             "precision": "bf16" if trainer.bf16 else "fp32",
             "seed": options.seed,
             "init": options.init,
@@ -218,7 +240,8 @@ def _card(recipe: "Recipe", images: ImageSet, trainer: Trainer, options: "RunOpt
     }
 
 
-def _hardware(device: torch.device) -> str:
+def describe_machine(device: torch.device) -> str:
+    """What computes there: the GPU or processor, and how many of it."""
     if device.type == "cuda":
         return f"{world_size()} x {torch.cuda.get_device_name(device)}"
     name = platform.processor() or platform.machine()

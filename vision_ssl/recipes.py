@@ -4,11 +4,20 @@ Importing this module does not import torch, so that the command line starts at 
 """
 
 import functools
-from dataclasses import asdict, dataclass, fields
+import os
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from .errors import CheckpointError, RecipeError
-from .options import RunOptions
+from .options import (
+    RunOptions,
+    changed_fields,
+    check_choices,
+    check_counts,
+    check_names,
+    check_numbers,
+    check_probabilities,
+)
 from .presets import PRESETS
 
 if TYPE_CHECKING:
@@ -45,8 +54,9 @@ def _train(recipe: "Recipe | type[Recipe]", source: "Source", **settings: Any) -
     Raises:
         RecipeError: A setting is unknown, or cannot work.
     """
-    from .pretrain import Run, pretrain
+    from .pretrain import pretrain
 
+    settings = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     run_names = [item.name for item in fields(RunOptions)]
     options = RunOptions(**{name: value for name, value in settings.items() if name in run_names})
     rest = {name: value for name, value in settings.items() if name not in run_names}
@@ -58,22 +68,28 @@ def _train(recipe: "Recipe | type[Recipe]", source: "Source", **settings: Any) -
             f"the run are expected: {', '.join(run_names)}"
         )
     if options.resume:
-        recipe = _resumed(recipe, Run(options.directory(recipe)))
+        recipe, options = _resumed(recipe, options)
     return pretrain(recipe, source, options)
 
 
-def _resumed(given: "Recipe", run: "Run") -> "Recipe":
-    """The recipe that a run was started with; what is given beside the defaults must agree with it."""
-    saved = recipe_from_dict(run.settings["recipe"])
-    if type(saved) is not type(given):
-        raise CheckpointError(f"{run.directory} is a run of {saved.method}, and cannot go on as {given.method}")
-    for name in given.changed:
-        if getattr(given, name) != getattr(saved, name):
-            raise CheckpointError(
-                f"{run.directory} was started with {name}={getattr(saved, name)!r}, and cannot go on with "
-                f"{getattr(given, name)!r}"
-            )
-    return saved
+def _resumed(recipe: "Recipe", options: RunOptions) -> "tuple[Recipe, RunOptions]":
+    """What a run was started with; what is given beside the defaults must agree with it."""
+    from .pretrain import Run
+
+    run = Run(options.directory(recipe))
+    settings = run.settings
+    saved = recipe_from_dict(settings["recipe"])
+    if type(saved) is not type(recipe):
+        raise CheckpointError(f"{run.directory} is a run of {saved.method}, and cannot go on as {recipe.method}")
+    saved_options = replace(options, **_from_json(settings.get("options", {})))
+    for given, started in ((recipe, saved), (options, saved_options)):
+        for name in changed_fields(given):
+            if getattr(given, name) != getattr(started, name):
+                raise CheckpointError(
+                    f"{run.directory} was started with {name}={getattr(started, name)!r}, and cannot go on with "
+                    f"{getattr(given, name)!r}"
+                )
+    return saved, saved_options
 
 
 RecipeType = TypeVar("RecipeType", bound="Recipe")
@@ -128,12 +144,9 @@ class Recipe:
     train: ClassVar[_Train] = _Train()
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name}={getattr(self, name)} is too small: expected at least 1")
-        for name in ("base_lr", "weight_decay", "warmup_length"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise RecipeError(f"{name}={getattr(self, name)} is out of range: expected a number >= 0")
+        check_choices(self)
+        check_counts(self, "image_size", "channels", "patch_size", "epochs", "batch_size", "accumulate")
+        check_numbers(self, "base_lr", "weight_decay", "warmup_epochs")
         if self.batch_size % self.accumulate:
             nearest = max(1, round(self.batch_size / self.accumulate)) * self.accumulate
             raise RecipeError(
@@ -142,7 +155,11 @@ class Recipe:
             )
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise RecipeError(f"crop_scale={self.crop_scale} is out of range: expected 0 < low <= high <= 1")
-        _check_probability(self, "flip")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise RecipeError(f"betas={self.betas} is out of range: expected two numbers in [0, 1)")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise RecipeError(f"clip_grad={self.clip_grad} is out of range: expected a number > 0")
+        check_probabilities(self, "flip")
 
     @classmethod
     def of(cls: type[RecipeType], **settings: Any) -> RecipeType:
@@ -151,14 +168,7 @@ class Recipe:
         Raises:
             RecipeError: A keyword is not a field of this recipe.
         """
-        from difflib import get_close_matches
-
-        known = [item.name for item in fields(cls)]
-        for name in settings:
-            if name not in known:
-                close = get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
-                raise RecipeError(f"{cls.__name__} has no field {name}: {hint}")
+        check_names(cls.__name__, settings, [item.name for item in fields(cls)])
         return cls(**settings)
 
     @classmethod
@@ -182,11 +192,6 @@ class Recipe:
     def warmup_length(self) -> float:
         """Epochs before the schedule begins: `warmup_epochs`, or a tenth of all but at most 10."""
         return min(10, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
-
-    @property
-    def changed(self) -> list[str]:
-        """Names of the fields that differ from their defaults."""
-        return [item.name for item in fields(self) if getattr(self, item.name) != item.default]
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data; `recipe_from_dict` reads it."""
@@ -261,14 +266,26 @@ class SimCLR(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0:
+        check_counts(self, "projector_hidden", "projector_dim", "blur_kernel")
+        if not self.temperature > 0:
             raise RecipeError(f"temperature={self.temperature} is out of range: expected a number > 0")
         if self.batch_size // self.accumulate < 2:
-            raise RecipeError(f"batch_size={self.batch_size} is too small: the contrast needs at least 2 images")
-        if self.blur_kernel is not None and (self.blur_kernel < 1 or self.blur_kernel % 2 == 0):
-            raise RecipeError(f"blur_kernel={self.blur_kernel} is not odd: the nearest is {self.blur_kernel + 1}")
-        for name in ("jitter_probability", "grayscale", "blur"):
-            _check_probability(self, name)
+            raise RecipeError(
+                f"batch_size={self.batch_size} is too small: the contrast needs 2 images in a micro-batch, at least "
+                f"{2 * self.accumulate} in all"
+            )
+        widest = 2 * self.image_size - 1  # the borders are reflected: half of the taps lie within the image
+        if self.blur_kernel is not None and (self.blur_kernel % 2 == 0 or self.blur_kernel > widest):
+            nearest = min(self.blur_kernel + 1, widest)
+            raise RecipeError(
+                f"blur_kernel={self.blur_kernel} is not an odd number up to {widest}: the nearest valid is {nearest}"
+            )
+        if not all(0 <= strength < float("inf") for strength in self.jitter) or self.jitter[3] > 0.5:
+            raise RecipeError(
+                f"jitter={self.jitter} is out of range: expected brightness, contrast, saturation >= 0 and a hue in "
+                "[0, 0.5]"
+            )
+        check_probabilities(self, "jitter_probability", "grayscale", "blur")
 
     def build(self) -> "nn.Module":
         """Build the encoder, the projector and the loss, with random weights."""
@@ -330,6 +347,7 @@ class MAE(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_counts(self, "decoder_dim", "decoder_depth", "decoder_heads")
         if not 0 < self.mask_ratio < 1:
             raise RecipeError(
                 f"mask_ratio={self.mask_ratio} is out of range: expected a fraction removed, between 0 and 1 "
@@ -347,6 +365,18 @@ class MAE(Recipe):
                 f"the nearest valid is {nearest}"
             )
 
+    def encoder_spec(self) -> "EncoderSpec":
+        """The encoder that this recipe trains.
+
+        Raises:
+            RecipeError: As for every recipe; or a patch to mask does not divide the image, or is all of it.
+        """
+        from .encoders import resolve_patch_size
+
+        if self.mask_unit == "patch" and resolve_patch_size(self.image_size, self.patch_size) == self.image_size:
+            raise RecipeError(f"patch_size={self.image_size} is the whole image: expected at most half of image_size")
+        return super().encoder_spec()
+
     def build(self) -> "nn.Module":
         """Build the encoder, the decoder and the loss, with random weights."""
         from .mae import build_mae
@@ -360,12 +390,6 @@ class MAE(Recipe):
         return view_and_noise(self, images, draws)
 
 
-def _check_probability(recipe: Recipe, name: str) -> None:
-    value = getattr(recipe, name)
-    if not 0 <= value <= 1:
-        raise RecipeError(f"{name}={value} is out of range: expected a probability in [0, 1]")
-
-
 METHODS: dict[str, type[SimCLR] | type[MAE]] = {"simclr": SimCLR, "mae": MAE}
 
 
@@ -373,10 +397,18 @@ def recipe_from_dict(data: dict[str, Any]) -> Recipe:
     """Rebuild a recipe from `Recipe.to_dict`, as read back from JSON.
 
     Raises:
-        RecipeError: The method is unknown, or a field is not its own.
+        RecipeError: The method is unknown, a field is not its own, or has a value of another type.
     """
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-    method = settings.pop("method", None)
-    if method not in METHODS:
-        raise RecipeError(f"method={method!r} is unknown: expected one of {', '.join(METHODS)}")
-    return METHODS[method].of(**settings)
+    try:
+        settings = _from_json(data)
+        method = str(settings.pop("method", None))
+        if method not in METHODS:
+            raise RecipeError(f"method={method!r} is unknown: expected one of {', '.join(METHODS)}")
+        return METHODS[method].of(**settings)
+    except (TypeError, AttributeError) as error:
+        raise RecipeError(f"this is not the description of a recipe: {error}") from error
+
+
+def _from_json(data: dict[str, Any]) -> dict[str, Any]:
+    """Settings as their dataclass holds them: JSON has no tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import hub
 from .augment import Draws
 from .data import Preprocess, channel_statistics
-from .errors import WeightsError
+from .errors import DataError, WeightsError
 from .mae import MAEModel
 from .recipes import MAE, Recipe, recipe_from_dict
 
@@ -60,9 +60,12 @@ def reconstruct(
         where a value may lie slightly outside 0..1.
 
     Raises:
+        DataError: There are no images.
         WeightsError: These are not MAE weights, or the decoder is not among them.
         RecipeError: `mask_ratio` is out of range.
     """
+    if not images:
+        raise DataError("images: got none, expected at least one")
     recipe = recipe_of(name)
     if not isinstance(recipe, MAE):
         raise WeightsError(f"{str(name)!r} was trained by {recipe.method}: expected mae, which can reconstruct")

@@ -1,0 +1,121 @@
+"""Measure encoders on a labelled source, beside the same encoders untrained and beside raw pixels.
+
+    python benchmarks/evaluate.py simclr_resnet18 mae_vit_small --data tiny-imagenet-200 --per-class 100
+
+All are fitted on the same training images and scored once on all validation images. The reports go to
+`benchmarks/results/<data>.json`, one entry for each line of the table and protocol.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from vision_ssl import Features, extract, load, open_images
+from vision_ssl.data import ImageSet
+from vision_ssl.engine import native_bf16, pick_device
+from vision_ssl.features import pixel_features
+from vision_ssl.pretrain import describe_machine
+from vision_ssl.probe import knn, linear
+from vision_ssl.report import Report, paired_bootstrap, table
+from vision_ssl.restore import random_encoder
+from vision_ssl.storage import save_json
+
+
+@dataclass
+class Arguments:
+    """What to measure.
+
+    Attributes:
+        models: Names or runs, as `vision_ssl.load` takes them.
+        data: A labelled source with a training and a validation split.
+        per_class: Training images of each class to fit on, drawn at random with seed 0; by default all.
+        pixels: Side at which raw pixels are the features of the baseline.
+        device: Where the encoders compute.
+        out: The JSON.
+    """
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    data: str
+    out: Path
+    per_class: int | None = None
+    pixels: int = 16
+    device: str = "auto"
+
+
+def main(arguments: Arguments) -> None:
+    """Measure, print the table, and save the JSON."""
+    rows: list[tuple[str, Report]] = []
+    for name in arguments.models:
+        encoders = {name: load(name), f"{name}, untrained": random_encoder(name)}
+        for label, encoder in encoders.items():
+            train, val = splits(arguments, encoder.preprocess.size)
+            rows += reports(label, features(encoder, train, arguments), features(encoder, val, arguments))
+    train, val = splits(arguments, arguments.pixels)
+    pixels = [pixel_features(images, size=arguments.pixels) for images in (train, val)]
+    rows += reports(f"raw pixels, {arguments.pixels} px", *pixels)
+    print(table(rows))
+    linears = {label: report for label, report in rows if report.protocol == "linear"}
+    differences = {
+        f"{name} - {other}": str(paired_bootstrap(linears[name], linears[other]))
+        for name in arguments.models
+        for other in (f"{name}, untrained", f"raw pixels, {arguments.pixels} px")
+    }
+    for pair, difference in differences.items():
+        print(f"linear, {pair}: {difference}")
+    save_json(
+        arguments.out,
+        {
+            "data": arguments.data if not Path(arguments.data).exists() else Path(arguments.data).name,
+            "machine": describe_machine(pick_device(arguments.device)),
+            "scores": [entry(label, report) for label, report in rows],
+            "differences": differences,
+        },
+    )
+
+
+def splits(arguments: Arguments, size: int) -> tuple[ImageSet, ImageSet]:
+    """The training images that take part, and all validation images."""
+    train = open_images(arguments.data, size=size, require_labels=True)
+    val = open_images(arguments.data, size=size, split="val", require_labels=True)
+    if arguments.per_class is None or train.labels is None:
+        return train, val
+    shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    labels = train.labels[shuffled]
+    chosen = torch.cat([shuffled[labels == label][: arguments.per_class] for label in labels.unique()])
+    return train.select(chosen.sort().values), val
+
+
+def features(encoder: torch.nn.Module, images: ImageSet, arguments: Arguments) -> Features:
+    """Features in bfloat16 arithmetic where the device has it, otherwise in float32."""
+    device = pick_device(arguments.device)
+    with torch.autocast(device.type, torch.bfloat16) if native_bf16(device) else nullcontext():
+        return extract(encoder, images, device=device)
+
+
+def reports(label: str, train: Features, val: Features) -> list[tuple[str, Report]]:
+    """The protocols, each once."""
+    return [(label, linear(train, val)), (label, knn(train, val)), (label, knn(train, val, k=5))]
+
+
+def entry(label: str, report: Report) -> dict[str, Any]:
+    """What a card keeps of a report."""
+    return {
+        "features": label,
+        "protocol": report.protocol,
+        "accuracy": round(report.accuracy, 2),
+        "interval": [round(end, 2) for end in report.interval],
+        "macro_f1": round(report.macro_f1, 4),
+        "train_accuracy": None if report.train_accuracy is None else round(report.train_accuracy, 2),
+        "n_train": report.n_train,
+        "n_val": report.n_val,
+        "settings": dict(report.settings),
+        "seed": report.seed,
+    }
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,61 @@
+"""Turn a finished run into packaged weights: `python benchmarks/package_weights.py RUN NAME RESULTS...`.
+
+Copies the weights into `vision_ssl/weights/NAME`, adds measured scores and the licence to the card, keeps every
+n-th line of the metrics for the curves, and prints the entry for `vision_ssl/registry.py`.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from vision_ssl.hub import CONFIG_FILE
+from vision_ssl.registry import PACKAGED
+from vision_ssl.storage import save_json, save_text
+
+CURVE_LINES = 400
+
+
+@dataclass
+class Arguments:
+    """What to package.
+
+    Attributes:
+        run: A finished run.
+        name: `architecture.tag`.
+        results: Files of `benchmarks/evaluate.py` that measured this run.
+        label: What the results call it.
+        licence: A sentence for the card.
+    """
+
+    run: tyro.conf.Positional[Path]
+    name: tyro.conf.Positional[str]
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    label: str
+    licence: str
+
+
+def main(arguments: Arguments) -> None:
+    """Write the folder, and print the registry's entry."""
+    weights, target = arguments.run / "weights", PACKAGED / arguments.name
+    target.mkdir(parents=True)
+    config = json.loads((weights / CONFIG_FILE).read_text())
+    card = config["vision_ssl"]
+    card |= {"name": arguments.name, "licence": arguments.licence, "scores": []}
+    for path in arguments.results:
+        results = json.loads(path.read_text())
+        for score in results["scores"]:
+            if score.pop("features") == arguments.label:
+                card["scores"].append({"data": results["data"], **score})
+    for file in card["sha256"]:
+        shutil.copyfile(weights / file, target / file)
+    save_json(target / CONFIG_FILE, config)
+    lines = (arguments.run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    save_text(target / "metrics.jsonl", "".join(lines[:: -(-len(lines) // CURVE_LINES)]))
+    print(f'Weights("{arguments.name}", "...", {json.dumps(card["sha256"], indent=4)})')
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,467 @@
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor, nn
+
+from vision_ssl import logistic, probe
+from vision_ssl.data import ImageSet, Preprocess
+from vision_ssl.errors import DataError, RecipeError
+from vision_ssl.features import Features
+from vision_ssl.logistic import Classifier, choose_l2, logistic_regression
+from vision_ssl.probe import evaluate, knn, linear, resubstitution
+
+
+def make(n: int, dim: int, n_classes: int, *, signal: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Correlated features of classes whose means are `signal` deviations apart; the same classes for each seed."""
+    fixed = torch.Generator().manual_seed(99)
+    means = signal * torch.randn(n_classes, dim, generator=fixed)
+    mixing = torch.randn(dim, dim, generator=fixed) / torch.arange(1, dim + 1).sqrt()[:, None]
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % n_classes
+    return means[labels] + torch.randn(n, dim, generator=generator) @ mixing, labels
+
+
+def wrap(features: Tensor, labels: Tensor | None, name: str, n_classes: int = 3) -> Features:
+    classes = tuple(f"class {label}" for label in range(n_classes)) if labels is not None else ()
+    return Features(features, labels, classes, tuple(map(str, range(len(features)))), name)
+
+
+def pair(n: int = 90, dim: int = 8, n_classes: int = 3, signal: float = 0.5) -> tuple[Features, Features]:
+    train, val = (make(n, dim, n_classes, signal=signal, seed=seed) for seed in (1, 2))
+    return wrap(*train, "train", n_classes), wrap(*val, "val", n_classes)
+
+
+def standardised(features: Tensor) -> Tensor:
+    std, mean = torch.std_mean(features.double(), dim=0, correction=0)
+    return (features - mean) / torch.where(std > 1e-6, std, 1)
+
+
+def objective(features: Tensor, labels: Tensor, l2: float, weight: Tensor, bias: Tensor) -> float:
+    cross_entropy = F.cross_entropy(features @ weight + bias, labels)
+    return float(cross_entropy + l2 / 2 * weight.square().sum())
+
+
+def objective_of(fitted: Classifier, features: Tensor, labels: Tensor, l2: float) -> float:
+    std = features.double().std(dim=0, correction=0)
+    return objective(standardised(features), labels, l2, fitted.weight * std[:, None], fitted.bias.double())
+
+
+# --- logistic regression -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize(("n", "dim", "n_classes"), [(300, 20, 5), (40, 60, 3), (200, 10, 2)])
+def test_logistic_regression_is_scikit_learns(n: int, dim: int, n_classes: int, l2: float) -> None:
+    features, labels = make(n, dim, n_classes, signal=0.3)
+    features = 100 + features * torch.logspace(-2, 3, dim)  # each dimension has a scale of its own
+    fitted = logistic_regression(features, labels, n_classes, l2)
+
+    x = standardised(features)
+    # Of two classes scikit-learn fits one vector: the difference of ours, whose penalty is half as large.
+    strength = 1 / (n * l2) if n_classes > 2 else 2 / (n * l2)
+    reference = LogisticRegression(C=strength, tol=1e-10, max_iter=100_000).fit(x.numpy(), labels.numpy())
+    weight, bias = torch.from_numpy(reference.coef_.T), torch.from_numpy(reference.intercept_)
+    if n_classes == 2:
+        weight, bias = torch.cat([-weight, weight], dim=1) / 2, torch.cat([-bias, bias]) / 2
+    expected = objective(x, labels, l2, weight, bias)
+
+    assert objective_of(fitted, features, labels, l2) == pytest.approx(expected, rel=1e-4)
+    agree = fitted.predict(features).numpy() == reference.predict(x.numpy())
+    assert agree.mean() >= 0.99
+
+
+@settings(deadline=None, max_examples=15)
+@given(shift=st.floats(-100, 100), scale=st.floats(0.1, 100), l2=st.sampled_from([1e-1, 1e-3]), dim=st.integers(1, 30))
+def test_logistic_regression_does_not_see_shift_and_scale(shift: float, scale: float, l2: float, dim: int) -> None:
+    features, labels = make(60, dim, 3)
+    moved = features * scale + shift
+    plain, other = (logistic_regression(x, labels, 3, l2) for x in (features, moved))
+    logits, moved_logits = ((x - fit.mean) @ fit.weight + fit.bias for x, fit in ((features, plain), (moved, other)))
+    torch.testing.assert_close(logits, moved_logits, atol=0.05, rtol=0.05)
+
+
+def test_a_constant_feature_changes_nothing() -> None:
+    features, labels = make(90, 6, 3, signal=0.3)
+    constant = torch.full((90, 1), 0.1)
+    fitted = logistic_regression(torch.cat([features, constant], dim=1), labels, 3, 1e-2)
+    assert fitted.weight[-1].abs().max() == 0
+    plain = logistic_regression(features, labels, 3, 1e-2)
+    torch.testing.assert_close(fitted.weight[:-1], plain.weight, atol=1e-3, rtol=1e-2)
+
+
+def test_features_that_are_all_constant() -> None:
+    labels = torch.tensor([0, 1, 1, 1, 2])
+    fitted = logistic_regression(torch.ones(5, 4), labels, 3, 1e-2)
+    assert fitted.predict(torch.ones(5, 4)).tolist() == [1] * 5
+
+
+def test_a_class_without_images_is_never_predicted() -> None:
+    features, labels = make(90, 6, 3)
+    assert set(logistic_regression(features, labels * 2, 6, 1e-4).predict(features).tolist()) == {0, 2, 4}
+
+
+def test_small_blocks_give_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = make(50, 6, 3, signal=0.3)
+    whole = logistic_regression(features, labels, 3, 1e-2)
+    monkeypatch.setattr(logistic, "BLOCK", 21)
+    parts = logistic_regression(features, labels, 3, 1e-2)
+    torch.testing.assert_close(parts.weight, whole.weight, atol=1e-3, rtol=1e-2)
+    assert torch.equal(parts.predict(features), whole.predict(features))
+
+
+def test_solver_says_when_it_did_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logistic, "MAX_BURSTS", 1)
+    with pytest.warns(UserWarning, match="did not converge in 10 iterations"):
+        logistic_regression(*make(90, 6, 3), 3, 1e-3)
+
+
+# --- the choice of l2 ----------------------------------------------------------------------------------------
+
+
+def test_l2_follows_the_noise() -> None:
+    weak, strong = (choose_l2(*make(300, 10, 3, signal=signal), 3, seed=0)["l2"] for signal in (2.0, 0.05))
+    assert weak < 0.02 < strong
+
+
+def test_l2_is_the_best_of_the_grid_on_held_out_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = make(200, 20, 4, signal=0.3)
+    monkeypatch.setattr(logistic, "PATIENCE", 100)
+    chosen = choose_l2(features, labels, 4, seed=3)
+    held = logistic._stratified(labels, 0.2, torch.Generator().manual_seed(3))
+    losses = []
+    for l2 in logistic.L2_GRID:
+        fitted = logistic_regression(features[~held], labels[~held], 4, l2)
+        logits = (features[held] - fitted.mean) @ fitted.weight + fitted.bias
+        losses.append(float(F.cross_entropy(logits, labels[held])))
+    assert chosen["l2_of_selection"] == logistic.L2_GRID[int(np.argmin(losses))]
+    monkeypatch.undo()
+    assert choose_l2(features, labels, 4, seed=3) == chosen  # stopping early found the same
+
+
+def test_l2_weighs_against_all_images_as_it_did_against_those_it_was_chosen_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logistic, "SELECTION_IMAGES", 100)
+    chosen = choose_l2(*make(400, 10, 4, signal=0.3), 4, seed=0)
+    assert (chosen["selection_fitted_on"], chosen["selection_scored_on"]) == (80, 20)
+    assert chosen["l2"] == pytest.approx(chosen["l2_of_selection"] * 80 / 400)
+
+
+@pytest.mark.parametrize(("grid", "edge"), [((1e-1, 1e-2), True), ((1e4, 1e-1, 1e-2, 1e-7, 1e-8), False)])
+def test_an_l2_at_the_edge_of_the_grid_is_noted(
+    monkeypatch: pytest.MonkeyPatch, grid: tuple[float, ...], edge: bool
+) -> None:
+    monkeypatch.setattr(logistic, "L2_GRID", grid)
+    assert choose_l2(*make(300, 10, 3, signal=0.3), 3, seed=0)["l2_at_grid_edge"] is edge
+
+
+def test_l2_needs_an_image_to_hold_out() -> None:
+    features = wrap(torch.randn(3, 4), torch.arange(3), "train")
+    with pytest.raises(DataError, match="train: 3 images of as many classes, expected two of a class"):
+        linear(features, wrap(torch.randn(3, 4), torch.arange(3), "val"))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    labels=arrays.arrays(np.int64, st.integers(1, 60), elements=st.integers(0, 5)),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 9),
+)
+def test_stratified_takes_its_share_of_each_class(labels: np.ndarray, fraction: float, seed: int) -> None:
+    chosen = logistic._stratified(torch.from_numpy(labels), fraction, torch.Generator().manual_seed(seed)).numpy()
+    for label in np.unique(labels):
+        count, taken = np.sum(labels == label), np.sum(chosen[labels == label])
+        assert taken == 0 if count == 1 else 1 <= taken < count
+        assert abs(taken - fraction * count) <= 1
+    again = logistic._stratified(torch.from_numpy(labels), fraction, torch.Generator().manual_seed(seed))
+    assert np.array_equal(again, chosen)
+
+
+def test_stratified_is_random() -> None:
+    labels = torch.zeros(20, dtype=torch.int64)
+    masks = {tuple(logistic._stratified(labels, 0.5, torch.Generator().manual_seed(s)).tolist()) for s in range(5)}
+    assert len(masks) == 5
+
+
+# --- the linear probe ----------------------------------------------------------------------------------------
+
+
+def test_linear_probe() -> None:
+    train, val = pair(n=300, signal=0.6)
+    report = linear(train, val, seed=5)
+    assert report.protocol == "linear"
+    assert report.accuracy > 80
+    assert report.train_accuracy is not None
+    assert report.train_accuracy >= report.accuracy
+    assert (report.n_train, report.n_val, report.seed) == (300, 300, 5)
+    assert (report.train_digest, report.val_digest) == ("train", "val")
+    assert report.settings["l2"] > 0
+    assert report.targets.tolist() == cast(Tensor, val.labels).tolist()
+    assert np.mean(report.predictions == report.targets) == pytest.approx(report.accuracy / 100)
+    again = linear(train, val, seed=5)
+    assert np.array_equal(again.predictions, report.predictions)
+    assert again.settings == report.settings
+
+
+def test_validation_labels_choose_nothing() -> None:
+    train, val = pair()
+    shuffled = wrap(val.features, cast(Tensor, val.labels).roll(1), "val")
+    report, other = linear(train, val), linear(train, shuffled)
+    assert report.settings == other.settings
+    assert np.array_equal(report.predictions, other.predictions)
+    assert report.accuracy != other.accuracy
+
+
+def test_validation_features_do_not_move_each_other() -> None:
+    train, val = pair()
+    alone = linear(train, val.select([7])).predictions
+    assert alone.tolist() == linear(train, val).predictions[[7]].tolist()
+
+
+def test_the_trap_of_resubstitution() -> None:
+    """Features without any information look perfect to it, and are at chance for the held-out probe."""
+    train, val = pair(n=60, dim=80, signal=0)
+    with pytest.warns(UserWarning, match="this is a training accuracy"):
+        trap = resubstitution(val, seed=2)
+    assert trap.protocol == "resubstitution"
+    assert trap.accuracy == trap.train_accuracy == 100
+    assert (trap.n_train, trap.n_val, trap.seed) == (60, 60, 2)
+    assert trap.train_digest == trap.val_digest == "val"
+    assert linear(train, val).accuracy < 60
+
+
+# --- kNN -----------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)  # votes that differ by a rounding may go either way
+@given(k=st.integers(1, 40), temperature=st.sampled_from([0.02, 0.07, 1.0, None]), seed=st.integers(0, 99))
+def test_knn_is_scikit_learns(k: int, temperature: float | None, seed: int) -> None:
+    features, labels = make(40, 6, 4, seed=seed)
+    queries, targets = make(30, 6, 4, seed=seed + 100)
+    weights: Any = "uniform" if temperature is None else lambda distance: np.exp((1 - distance) / temperature)
+    reference = KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute")
+    reference.fit(features.double().numpy(), labels.numpy())
+    report = knn(wrap(features, labels, "a", 4), wrap(queries, targets, "b", 4), k=k, temperature=temperature)
+    assert np.array_equal(report.predictions, reference.predict(queries.double().numpy()))
+
+
+def test_knn_report() -> None:
+    train, val = pair()
+    report = knn(train, val, seed=4)
+    assert report.protocol == "knn-20"
+    assert report.settings == {"k": 20, "temperature": 0.07}
+    assert report.train_accuracy is None
+    assert (report.n_train, report.n_val, report.seed) == (90, 90, 4)
+    assert report.targets.tolist() == cast(Tensor, val.labels).tolist()
+    assert knn(train, val, k=5, temperature=None).protocol == "knn-5-unweighted"
+
+
+def test_knn_compares_directions_and_not_lengths() -> None:
+    train, val = pair()
+    lengths = torch.rand(90, 1) + 0.1
+    scaled = wrap(train.features * lengths, train.labels, "scaled")
+    assert np.array_equal(knn(scaled, val).predictions, knn(train, val).predictions)
+
+
+def test_knn_never_holds_more_than_a_block_of_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, val = pair()
+    expected = knn(train, val, k=3).predictions
+    sizes = []
+    vote = probe._vote
+
+    def spy(similarity: Tensor, *args: Any) -> Tensor:
+        sizes.append(similarity.numel())
+        return vote(similarity, *args)
+
+    monkeypatch.setattr(probe, "_vote", spy)
+    monkeypatch.setattr(probe, "BLOCK", 700)
+    assert np.array_equal(knn(train, val, k=3).predictions, expected)
+    assert max(sizes) <= 700
+    assert sum(sizes) == 90 * 90
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    similarity=arrays.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 5), st.integers(1, 30)),
+        elements=st.integers(-2, 2).map(float),
+    ),
+    data=st.data(),
+)
+def test_of_equally_near_neighbours_the_first_count(similarity: np.ndarray, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, similarity.shape[1]))
+    expected = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    nearest = probe._nearest(torch.from_numpy(similarity), k).numpy()
+    assert np.array_equal(np.sort(nearest, axis=1), np.sort(expected, axis=1))
+
+
+def test_of_classes_with_equal_votes_the_first_wins() -> None:
+    train = wrap(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([2, 1]), "train")
+    val = wrap(torch.tensor([[1.0, 1.0]]), torch.tensor([0]), "val")
+    with pytest.warns(UserWarning, match="cannot be recognised"):
+        assert knn(train, val, k=2).predictions.tolist() == [1]
+
+
+def test_knn_at_a_very_low_temperature_is_the_nearest_neighbour() -> None:
+    train, val = pair()
+    assert np.array_equal(knn(train, val, temperature=1e-6).predictions, knn(train, val, k=1).predictions)
+
+
+def test_knn_of_features_that_are_all_zero() -> None:
+    train, val = pair()
+    report = knn(wrap(torch.zeros(90, 8), train.labels, "zero"), val, k=2)
+    assert report.predictions.tolist() == [0] * 90
+
+
+# --- what is refused -----------------------------------------------------------------------------------------
+
+
+def with_value(features: Features, value: float) -> Features:
+    changed = features.features.clone()
+    changed[[4, 7], 2] = value
+    return wrap(changed, features.labels, features.digest)
+
+
+TRAIN, VAL = pair()
+
+
+@pytest.mark.parametrize("measure", [linear, knn])
+@pytest.mark.parametrize(
+    ("train", "val", "message"),
+    [
+        (wrap(TRAIN.features, None, "t"), VAL, "train: got 90 features without labels"),
+        (TRAIN, wrap(VAL.features, None, "v"), "val: got 90 features without labels"),
+        (with_value(TRAIN, float("nan")), VAL, "train: 2 of 90 features hold NaN or infinity, the first is of 4"),
+        (TRAIN, with_value(VAL, float("-inf")), "val: 2 of 90 features hold NaN or infinity, the first is of 4"),
+        (
+            wrap(TRAIN.features, torch.ones(90, dtype=torch.int64), "t"),
+            VAL,
+            "train: 90 features of 1 class, expected at least 2",
+        ),
+        (TRAIN, wrap(VAL.features[:, :5], VAL.labels, "v"), "val: features have width 5, expected 8 as in train"),
+        (
+            TRAIN,
+            wrap(VAL.features, VAL.labels, "v", 4),
+            "val: class 3 is 'class 3', expected None as in train",
+        ),
+        (
+            TRAIN,
+            Features(VAL.features, VAL.labels, ("class 0", "x", "class 2"), VAL.paths, "v"),
+            "val: class 1 is 'x', expected 'class 1' as in train",
+        ),
+        (TRAIN, TRAIN, "val: holds the same images as train, expected others"),
+        (TRAIN, VAL.select([]), "predictions: got 0 for 0 targets"),
+    ],
+)
+def test_features_that_a_probe_refuses(measure: Any, train: Features, val: Features, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        measure(train, val)
+
+
+@pytest.mark.parametrize("measure", [linear, knn])
+def test_a_class_that_only_validation_has_is_named(measure: Any) -> None:
+    train = TRAIN.select(cast(Tensor, TRAIN.labels) != 1)
+    with pytest.warns(UserWarning, match="val: 30 images of class 1 cannot be recognised") as caught:
+        report = measure(train, VAL)
+    assert caught[0].filename == __file__
+    assert report.per_class["class 1"]["accuracy"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k=0: expected 1 to 90"),
+        ({"k": 91}, "k=91: expected 1 to 90, the number of training images"),
+        ({"temperature": 0.0}, "temperature=0.0: expected above 0"),
+        ({"temperature": float("nan")}, "temperature=nan: expected above 0"),
+    ],
+)
+def test_settings_that_knn_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        knn(TRAIN, VAL, **options)
+
+
+@pytest.mark.filterwarnings("ignore:resubstitution")
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (wrap(VAL.features, None, "v"), "features: got 90 features without labels"),
+        (with_value(VAL, float("nan")), "features: 2 of 90 features hold NaN"),
+        (VAL.select([0, 3]), "features: 2 features of 1 class"),
+    ],
+)
+def test_features_that_resubstitution_refuses(features: Features, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        resubstitution(features)
+
+
+# --- from images ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoder() -> nn.Module:
+    """Mean colour, as an encoder."""
+    module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    module.preprocess = Preprocess(8, (0.5,) * 3, (0.25,) * 3)  # type: ignore[assignment]  # nn.Module wants tensors
+    return module
+
+
+def image_set(seed: int, n: int = 60) -> ImageSet:
+    """Noise with a channel that stands out: the class."""
+    labels = torch.arange(n) % 3
+    pixels = torch.randint(150, (n, 3, 8, 8), generator=torch.Generator().manual_seed(seed))
+    pixels[torch.arange(n), labels] += 100
+    names = ("class 0", "class 1", "class 2")
+    return ImageSet(pixels.byte(), labels, names, tuple(map(str, range(n))), f"noise {seed}", str(seed) * 64)
+
+
+def test_evaluate_extracts_and_probes(encoder: nn.Module) -> None:
+    report = evaluate(encoder, train=image_set(1), val=image_set(2), seed=3)
+    assert (report.protocol, report.accuracy, report.seed) == ("linear", 100, 3)
+    assert (report.train_digest, report.val_digest) == ("1" * 64, "2" * 64)
+    near = evaluate(encoder, train=image_set(1), val=image_set(2), protocol="knn", seed=3)
+    assert (near.protocol, near.accuracy, near.seed) == ("knn-20", 100, 3)
+
+
+def test_evaluate_resubstitution_reads_the_validation_images_alone(encoder: nn.Module) -> None:
+    with pytest.warns(UserWarning, match="training accuracy"):
+        report = evaluate(encoder, train="not-there", val=image_set(2), protocol="resubstitution", seed=3)
+    assert (report.protocol, report.val_digest, report.seed) == ("resubstitution", "2" * 64, 3)
+
+
+def test_evaluate_takes_the_split_that_the_argument_says(encoder: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fake(encoder: nn.Module, source: Any, **options: Any) -> Features:
+        calls.append((source, options))
+        return {"train": TRAIN, "val": VAL}[options["split"]]
+
+    monkeypatch.setattr(probe, "extract", fake)
+    evaluate(encoder, train="a", val="b", device="cpu", cache_dir="cache")
+    common = {"device": "cpu", "cache_dir": "cache", "require_labels": True}
+    assert calls == [("a", {"split": "train", **common}), ("b", {"split": "val", **common})]
+
+
+def test_evaluate_takes_features_as_they_are() -> None:
+    broken = nn.Identity()  # without a preprocess it cannot extract anything
+    expected = linear(TRAIN, VAL)
+    report = evaluate(broken, train=TRAIN, val=VAL)
+    assert np.array_equal(report.predictions, expected.predictions)
+
+
+def test_evaluate_refuses_what_it_cannot_measure(encoder: nn.Module) -> None:
+    with pytest.raises(RecipeError, match="protocol='svm': expected 'linear', 'knn' or 'resubstitution'"):
+        evaluate(encoder, train="a", val="b", protocol=cast(Any, "svm"))
+    images = image_set(1)
+    unlabelled = ImageSet(images.pixels, None, (), images.paths, "noise", "9" * 64)
+    with pytest.raises(DataError, match="source noise: looked for labels"):
+        evaluate(encoder, train=unlabelled, val=image_set(2))
