@@ -1,7 +1,7 @@
 """Turn a finished run into packaged weights: `python benchmarks/package_weights.py RUN NAME RESULTS...`.
 
-Copies the weights into `vision_ssl/weights/NAME`, adds measured scores and the licence to the card, keeps every
-n-th line of the metrics for the curves, and prints the entry for `vision_ssl/registry.py`.
+Copies the weights and the metrics into `vision_ssl/weights/NAME`, adds measured scores and the licence to the card,
+and prints the entry for `vision_ssl/registry.py`.
 """
 
 import json
@@ -13,9 +13,7 @@ import tyro
 
 from vision_ssl.hub import CONFIG_FILE
 from vision_ssl.registry import PACKAGED
-from vision_ssl.storage import save_json, save_text
-
-CURVE_LINES = 400
+from vision_ssl.storage import save_json
 
 
 @dataclass
@@ -51,9 +49,8 @@ def main(arguments: Arguments) -> None:
                 card["scores"].append({"data": results["data"], **score})
     for file in card["sha256"]:
         shutil.copyfile(weights / file, target / file)
+    shutil.copyfile(arguments.run / "metrics.jsonl", target / "metrics.jsonl")
     save_json(target / CONFIG_FILE, config)
-    lines = (arguments.run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    save_text(target / "metrics.jsonl", "".join(lines[:: -(-len(lines) // CURVE_LINES)]))
     print(f'Weights("{arguments.name}", "...", {json.dumps(card["sha256"], indent=4)})')
 
 

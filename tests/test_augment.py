@@ -216,6 +216,7 @@ def test_jitter_factors_lie_around_one_and_never_below_zero(strength: float, low
     values = color_jitter(draws(2000), grey, (strength, 0.0, 0.0, 0.0))
     assert values.min().item() == pytest.approx(low, abs=0.01)
     assert values.max().item() == pytest.approx(high, abs=0.01)
+    assert (values == 0).float().mean() < 0.01  # where negative factors would end
 
 
 def everything(own: Draws, images: Tensor, probability: float) -> Tensor:

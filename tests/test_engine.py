@@ -148,7 +148,10 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: Optimiser, accu
 
 def test_what_came_after_the_last_checkpoint_is_done_again(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    monitor: Callable[[nn.Module], dict[str, float]] = lambda model: {"knn_accuracy": 50.0}  # noqa: E731  for its type
+
+    def monitor(model: nn.Module) -> dict[str, float]:
+        return {"knn_accuracy": 50.0}
+
     fit(make(whole, Tiny()), monitor=monitor)
 
     def power_cut() -> None:
@@ -176,6 +179,12 @@ def test_a_finished_run_can_be_resumed_and_nothing_changes(tmp_path: Path) -> No
     assert fit(trainer).progress.finished
     assert_same(state(tmp_path), before)
     assert lines(tmp_path) == metrics
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    fit(make(tmp_path, Tiny(epochs=10, base_lr=4.0)))
+    values = [loss for _, _, loss in losses(tmp_path)]
+    assert sum(values[-4:]) < 0.5 * sum(values[:4])
 
 
 def test_training_time_adds_up(tmp_path: Path) -> None:

@@ -165,9 +165,7 @@ def test_weight_decay_is_coupled_in_adam_and_decoupled_in_adamw() -> None:
         ends[name] = model.weight.item()
     # Coupled, the decay is the gradient, whose size Adam divides away; decoupled, it shrinks the weight by
     # lr * decay; and plain SGD takes a step of lr * decay * weight.
-    assert ends == pytest.approx(
-        {"adam": 2.0 - 0.1, "adamw": 2.0 * (1 - 0.1 * 0.05), "sgd": 2.0 * (1 - 0.1 * 0.05)}
-    )
+    assert ends == pytest.approx({"adam": 2.0 - 0.1, "adamw": 2.0 * (1 - 0.1 * 0.05), "sgd": 2.0 * (1 - 0.1 * 0.05)})
 
 
 def test_unknown_optimiser_is_named() -> None:

@@ -5,7 +5,6 @@ import shlex
 import signal
 import socket
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from vision_ssl.storage import load_tensors
 PIXELS = torch.randint(0, 256, (24, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 SMALL: dict[str, Any] = {"encoder": "vit_tiny", "image_size": 24, "patch_size": 8, "batch_size": 8, "epochs": 2}
 MAE_RECIPE = MAE(**SMALL, decoder_dim=16, decoder_depth=1, decoder_heads=2)
-SIMCLR_RECIPE = SimCLR(**SMALL, projector_hidden=16, projector_dim=8)
+# Without BatchNorm, whose statistics are those of one process on CPUs.
+SIMCLR_RECIPE = SimCLR(**SMALL, projector_hidden=16, projector_dim=8, projector_norm=False)
 STEPS = 6
 
 
@@ -82,6 +82,19 @@ def test_stopped_twice_and_resumed_equals_uninterrupted(tmp_path: Path, recipe: 
     assert_same(weights(parts), weights(whole))
     other_seed = train(recipe, tmp_path / "other", seed=4, time_limit=0)
     assert losses(other_seed)[0] != losses(whole)[0]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_can_be_resumed(
+    tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def power_cut(*_: object) -> None:
+        raise RuntimeError("no power")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vision_ssl.engine.Trainer.fit", power_cut)
+        with pytest.raises(RuntimeError, match="no power"):
+            train(MAE_RECIPE, tmp_path / "run")
+    assert_same(weights(train(MAE_RECIPE, tmp_path / "run", resume=True)), weights(finished))
 
 
 def test_the_printed_command_goes_on(
@@ -174,13 +187,6 @@ def test_the_exported_encoder_is_the_trained_one(finished: Run) -> None:
     assert encoder(encoder.preprocess.normalise(PIXELS[:2])).shape == (2, 192)
 
 
-def test_losses_fall_in_the_file_of_metrics(tmp_path: Path) -> None:
-    recipe = replace(MAE_RECIPE, epochs=12, base_lr=0.05, norm_pix=False, loss_on="all")
-    values = [loss for _, loss in losses(train(recipe, tmp_path / "run"))]
-    assert len(values) == 36
-    assert sum(values[-3:]) < 0.9 * sum(values[:3])
-
-
 def poisoned(self: MAE, images: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
     return torch.full(images.shape, float("nan")), draws.uniform(9)
 
@@ -189,7 +195,7 @@ def test_nothing_is_exported_over_good_weights(tmp_path: Path, monkeypatch: pyte
     run = train(MAE_RECIPE, tmp_path / "run", time_limit=0)
     before = contents(run.directory)
     monkeypatch.setattr(MAE, "augment", poisoned)
-    with pytest.raises(TrainingError, match="^the loss is nan at step 2, with learning rate 1.4"):
+    with pytest.raises(TrainingError, match=r"^the loss is nan at step 2, with learning rate 1\.56e-05: "):
         train(MAE_RECIPE, tmp_path / "run", resume=True)
     assert contents(run.directory) == before
     monkeypatch.undo()
@@ -310,7 +316,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     run = train(MAE_RECIPE, tmp_path / "run", time_limit=0)
     path = run.directory / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(CheckpointError, match="checkpoint.safetensors is damaged or not a safetensors file"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors is damaged or not a safetensors file"):
         train(MAE_RECIPE, run.directory, resume=True)
 
 
@@ -322,7 +328,7 @@ def test_training_goes_on_from_the_weights_of_another_run(tmp_path: Path, finish
     assert_same(*heads)
     assert run.encoder.card["training"]["init"] == str(finished.directory)
     fresh = train(still, tmp_path / "fresh", time_limit=0)
-    assert not torch.equal(weights(fresh)["norm.weight"], weights(finished)["norm.weight"])
+    assert not torch.equal(weights(fresh)["cls_token"], weights(finished)["cls_token"])
 
 
 def test_a_head_of_another_method_is_left_out(tmp_path: Path, finished: Run) -> None:
@@ -377,7 +383,7 @@ def test_what_was_resolved_is_announced(tmp_path: Path, capsys: pytest.CaptureFi
     train(recipe, tmp_path / "run", labelled([0, 1] * 12), time_limit=0, knn_epochs=0)
     announced = {line[:9].strip(): line[11:] for line in capsys.readouterr().err.splitlines()}
     assert announced["images"] == "array: 24, 2 classes, kept at 24 px"
-    assert announced["encoder"].startswith("vit_tiny (patch 8) at 24 px: 5.4 M parameters, and 0.0 M in the head")
+    assert announced["encoder"] == "vit_tiny, patches of 8 px, at 24 px: 5.4 M parameters, and 0.0 M in the head"
     assert announced["steps"] == "6 in 2 epochs of 3"
     assert announced["batch"] == "8 images: 1 process(es) x 2 micro-batch(es) of 4"
     assert announced["learning"] == (

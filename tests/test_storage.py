@@ -100,9 +100,7 @@ def test_full_disk_leaves_the_file_as_it_was(
             patch.setattr(Path, "write_text", full_disk)
         else:
             patch.setattr(storage, "save_file", full_disk_for_tensors)
-        with pytest.raises(
-            CheckpointError, match=r"^cannot write .*file: .*; what was there before is unharmed$"
-        ):
+        with pytest.raises(CheckpointError, match=r"^cannot write .*file: .*; what was there before is unharmed$"):
             save(2.0)
     assert path.read_bytes() == before
     assert files(tmp_path) == ["file"]
@@ -126,9 +124,7 @@ def test_disk_that_really_refuses(tmp_path: Path) -> None:
     assert files(tmp_path) == ["file"]
 
 
-def test_readers_see_the_old_file_until_the_new_one_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"x": torch.zeros(1)})
     seen: list[float] = []
@@ -155,9 +151,7 @@ def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
         load_tensors(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"PK\x03\x04 not safetensors", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"]
-)
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not safetensors", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"])
 def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"x\.safetensors is damaged or not a safetensors file"):

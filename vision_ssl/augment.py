@@ -99,7 +99,7 @@ def _cubic(x: Tensor) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
 
-_FILTERS = {"bilinear": (_triangle, 1.0), "bicubic": (_cubic, 2.0)}
+_FILTERS = {"bilinear": _triangle, "bicubic": _cubic}
 
 
 def resize_weights(start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str) -> Tensor:
@@ -118,17 +118,14 @@ def resize_weights(start: Tensor, length: Tensor, *, source: int, target: int, i
     Returns:
         float32 (B, target, source); each row sums to 1.
     """
-    kernel, support = _FILTERS[interpolation]
+    kernel = _FILTERS[interpolation]
     device = start.device
     scale = (length / target)[:, None, None]
     stretch = scale.clamp_min(1.0)
     centre = (torch.arange(target, device=device) + 0.5)[None, :, None] * scale
     position = torch.arange(source, device=device)[None, None, :] - start[:, None, None]
     inside = (position >= 0) & (position < length[:, None, None])
-    # Pillow and torchvision keep the whole pixels whose centres lie within the rounded support.
-    reach = support * stretch
-    low, high = (centre - reach + 0.5).floor(), (centre + reach + 0.5).floor()
-    weights = kernel((position + 0.5 - centre) / stretch) * (inside & (position >= low) & (position < high))
+    weights = kernel((position + 0.5 - centre) / stretch) * inside
     return weights / weights.sum(dim=2, keepdim=True)
 
 

@@ -5,13 +5,14 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
-from .errors import DataError, RecipeError, VisionSSLError
+from .errors import RecipeError, VisionSSLError
 from .options import RunOptions
 from .presets import PRESETS
 from .recipes import MAE, METHODS, Recipe, SimCLR
@@ -26,13 +27,10 @@ SourcePath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
 
 def list_command() -> None:
     """Show the packaged models."""
-    rows = [("name", "input", "trained on", "linear", "kNN")]
+    rows = [("name", "linear", "kNN", "")]
     for weights in WEIGHTS:
-        config = weights.config
-        card, size = config["vision_ssl"], config["pretrained_cfg"]["input_size"]
-        scores = {score["protocol"]: f"{score['accuracy']:.1f} %" for score in card.get("scores", [])}
-        knn = next((value for protocol, value in scores.items() if protocol.startswith("knn")), "-")
-        rows.append((weights.name, f"{size[1]} px", card["data"]["name"], scores.get("linear", "-"), knn))
+        scores = {score["protocol"]: f"{score['accuracy']:.1f} %" for score in weights.own_scores}
+        rows.append((weights.name, scores.get("linear", "-"), scores.get("knn-20", "-"), weights.summary))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -46,7 +44,7 @@ def info_command(name: Name) -> None:
     """
     known = find(name)
     if known is not None:
-        card = known.config["vision_ssl"]
+        card = known.card
     else:
         from .hub import read_card
 
@@ -173,11 +171,9 @@ def reconstruct_command(
     from .plots import reconstruction
     from .restore import reconstruct
 
-    try:
-        pictures = [Image.open(path) for path in images]
-    except OSError as error:
-        raise DataError(f"image cannot be opened: {error}") from error
-    print(reconstruction(*reconstruct(name, pictures, mask_ratio=mask_ratio, seed=seed), out))
+    with ExitStack() as files:
+        pictures = [files.enter_context(Image.open(path)) for path in images]
+        print(reconstruction(*reconstruct(name, pictures, mask_ratio=mask_ratio, seed=seed), out))
 
 
 def plot_command(

@@ -46,6 +46,13 @@ class EncoderSpec:
         """Whether this is a vision transformer (otherwise it is a ResNet)."""
         return self.architecture.startswith("vit_")
 
+    @property
+    def layout(self) -> str:
+        """What the name leaves open: the patches of a ViT, the stem of a ResNet."""
+        if self.is_vit:
+            return f"patches of {self.args['patch_size']} px"
+        return f"stem {self.architecture.partition('_')[2].replace('_', '-') or '7x7'}"
+
     def build(self, num_classes: int = 0) -> nn.Module:
         """Build the encoder with random weights; `num_classes=0` gives pooled features."""
         return timm.create_model(self.architecture, num_classes=num_classes, in_chans=self.channels, **self.args)

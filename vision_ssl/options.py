@@ -1,5 +1,6 @@
 """Where and how a run happens, as plain frozen data; and checks of such data, the recipes' too."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -99,28 +100,26 @@ def check_counts(settings: Any, *names: str) -> None:
             raise RecipeError(f"{name}={value} is too small: expected at least 1")
 
 
-def check_numbers(settings: Any, *names: str) -> None:
-    """Refuse negative and infinite numbers; None stands for a default.
+def check_numbers(settings: Any, *names: str, most: float = sys.float_info.max) -> None:
+    """Refuse numbers that are negative, above `most` or infinite; None stands for a default.
 
     Raises:
         RecipeError: A number is out of range.
     """
+    expected = "a finite number >= 0" if most > 1 else f"a number in [0, {most}]"
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise RecipeError(f"{name}={value} is out of range: expected a number >= 0")
+        check(settings, name, value is None or 0 <= value <= most, expected)
 
 
-def check_probabilities(settings: Any, *names: str) -> None:
-    """Refuse numbers outside [0, 1].
+def check(settings: Any, name: str, valid: bool, expected: str) -> None:
+    """Refuse a field unless it is valid.
 
     Raises:
-        RecipeError: A number is out of range.
+        RecipeError: It is not.
     """
-    for name in names:
-        value = getattr(settings, name)
-        if not 0 <= value <= 1:
-            raise RecipeError(f"{name}={value} is out of range: expected a probability in [0, 1]")
+    if not valid:
+        raise RecipeError(f"{name}={getattr(settings, name)!r} is out of range: expected {expected}")
 
 
 def changed_fields(settings: Any) -> list[str]:

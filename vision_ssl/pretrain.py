@@ -127,6 +127,8 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
                 facts = {"recipe": recipe.to_dict(), "source": _describe(source), "options": lasting}
                 save_json(run.directory / RUN_FILE, facts)
             _announce(recipe, images, trainer, run, *cost)
+        if not options.resume:
+            trainer.save()  # from here on the run can be resumed, whatever happens to it; and a full disk shows now
         trainer.fit(
             monitor=_knn_monitor(images, options) if options.knn_epochs > 0 else None,
             monitor_epochs=options.knn_epochs,
@@ -175,11 +177,10 @@ def _announce(
     hours = seconds * (progress.steps - progress.step) / 3600
     left = f"{hours:.1f} hours" if hours > 2 else f"{60 * hours:.1f} minutes"
     labels = f", {len(images.classes)} classes" if images.labels is not None else ""
-    layout = f"patch {spec.args['patch_size']}" if spec.is_vit else spec.architecture
     lines = {
         "images": f"{images.name}: {len(images):,}{labels}, kept at {images.pixels.shape[-1]} px"
         + (f"; {len(images.skipped):,} could not be decoded" if images.skipped else ""),
-        "encoder": f"{recipe.encoder} ({layout}) at {recipe.image_size} px: "
+        "encoder": f"{recipe.encoder}, {spec.layout}, at {recipe.image_size} px: "
         f"{sizes[0]:.1f} M parameters, and {sizes[1]:.1f} M in the head",
         "steps": f"{progress.steps:,} in {recipe.epochs:,} epochs of {trainer.steps_per_epoch:,}"
         + (f", of which {progress.step:,} are done" if progress.step else ""),

@@ -9,15 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from .errors import CheckpointError, RecipeError
-from .options import (
-    RunOptions,
-    changed_fields,
-    check_choices,
-    check_counts,
-    check_names,
-    check_numbers,
-    check_probabilities,
-)
+from .options import RunOptions, changed_fields, check, check_choices, check_counts, check_names, check_numbers
 from .presets import PRESETS
 
 if TYPE_CHECKING:
@@ -61,6 +53,7 @@ def _train(recipe: "Recipe | type[Recipe]", source: "Source", **settings: Any) -
     options = RunOptions(**{name: value for name, value in settings.items() if name in run_names})
     rest = {name: value for name, value in settings.items() if name not in run_names}
     if isinstance(recipe, type):
+        check_names(recipe.__name__, rest, [*(item.name for item in fields(recipe)), *run_names])
         recipe = recipe.of(**rest)
     elif rest:
         raise RecipeError(
@@ -153,13 +146,11 @@ class Recipe:
                 f"batch_size={self.batch_size} is not divisible by accumulate={self.accumulate}: "
                 f"the nearest valid is {nearest}"
             )
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise RecipeError(f"crop_scale={self.crop_scale} is out of range: expected 0 < low <= high <= 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise RecipeError(f"betas={self.betas} is out of range: expected two numbers in [0, 1)")
-        if self.clip_grad is not None and not self.clip_grad > 0:
-            raise RecipeError(f"clip_grad={self.clip_grad} is out of range: expected a number > 0")
-        check_probabilities(self, "flip")
+        crop, betas = self.crop_scale, self.betas
+        check(self, "crop_scale", len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1, "0 < low <= high <= 1")
+        check(self, "betas", len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
+        check(self, "clip_grad", self.clip_grad is None or self.clip_grad > 0, "a number > 0")
+        check_numbers(self, "flip", most=1)
 
     @classmethod
     def of(cls: type[RecipeType], **settings: Any) -> RecipeType:
@@ -267,25 +258,16 @@ class SimCLR(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "projector_hidden", "projector_dim", "blur_kernel")
-        if not self.temperature > 0:
-            raise RecipeError(f"temperature={self.temperature} is out of range: expected a number > 0")
-        if self.batch_size // self.accumulate < 2:
-            raise RecipeError(
-                f"batch_size={self.batch_size} is too small: the contrast needs 2 images in a micro-batch, at least "
-                f"{2 * self.accumulate} in all"
-            )
-        widest = 2 * self.image_size - 1  # the borders are reflected: half of the taps lie within the image
-        if self.blur_kernel is not None and (self.blur_kernel % 2 == 0 or self.blur_kernel > widest):
-            nearest = min(self.blur_kernel + 1, widest)
-            raise RecipeError(
-                f"blur_kernel={self.blur_kernel} is not an odd number up to {widest}: the nearest valid is {nearest}"
-            )
-        if not all(0 <= strength < float("inf") for strength in self.jitter) or self.jitter[3] > 0.5:
-            raise RecipeError(
-                f"jitter={self.jitter} is out of range: expected brightness, contrast, saturation >= 0 and a hue in "
-                "[0, 0.5]"
-            )
-        check_probabilities(self, "jitter_probability", "grayscale", "blur")
+        check(self, "temperature", self.temperature > 0, "a number > 0")
+        least = 2 * self.accumulate
+        check(self, "batch_size", self.batch_size >= least, f"at least {least}, two images to contrast at a time")
+        fits = len(self.jitter) == 4 and all(0 <= s < float("inf") for s in self.jitter) and self.jitter[3] <= 0.5
+        check(self, "jitter", fits, "brightness, contrast and saturation >= 0, and a hue in [0, 0.5]")
+        check_numbers(self, "jitter_probability", "grayscale", "blur", most=1)
+        if self.blur_kernel is not None:
+            widest = 2 * self.image_size - 1  # the borders are reflected: half of the taps lie within the image
+            rule = f"an odd number up to {widest}; the nearest valid is {min(self.blur_kernel + 1, widest)}"
+            check(self, "blur_kernel", self.blur_kernel % 2 == 1 and self.blur_kernel <= widest, rule)
 
     def build(self) -> "nn.Module":
         """Build the encoder, the projector and the loss, with random weights."""
@@ -348,11 +330,8 @@ class MAE(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "decoder_dim", "decoder_depth", "decoder_heads")
-        if not 0 < self.mask_ratio < 1:
-            raise RecipeError(
-                f"mask_ratio={self.mask_ratio} is out of range: expected a fraction removed, between 0 and 1 "
-                "(the usual is 0.75)"
-            )
+        fraction = "a fraction removed, between 0 and 1 (the usual is 0.75)"
+        check(self, "mask_ratio", 0 < self.mask_ratio < 1, fraction)
         if self.encoder.startswith("vit") and (self.mask_unit == "pixel" or self.shared_mask):
             raise RecipeError("mask_unit='pixel' and shared_mask=True need a ResNet encoder: a ViT masks patches")
         if self.norm_pix and self.mask_unit == "pixel":

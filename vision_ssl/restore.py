@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import hub
 from .augment import Draws
@@ -37,7 +37,8 @@ def random_encoder(name: str | os.PathLike[str], *, seed: int = 0) -> hub.Encode
     """
     recipe = recipe_of(name)
     torch.manual_seed(seed)
-    return hub.attach(recipe.build().encoder, recipe.image_size, recipe.channels, card={}).eval()
+    encoder = cast(nn.Module, recipe.build().encoder)
+    return hub.attach(encoder, recipe.image_size, recipe.channels, card={}).eval()
 
 
 def reconstruct(
