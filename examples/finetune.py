@@ -10,7 +10,8 @@ def main(source: str = "fashion-mnist-mini", steps: int = 60) -> float:
     """Train all layers on the training images of `source`; return the accuracy on the others, percent."""
     train = vision_ssl.open_images(source, size=64, require_labels=True)
     val = vision_ssl.open_images(source, size=64, split="val", require_labels=True)
-    assert train.labels is not None and val.labels is not None  # a source without labels was refused
+    assert train.labels is not None  # a source without labels was refused
+    assert val.labels is not None
     model = vision_ssl.load("simclr_resnet18", num_classes=len(train.classes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.05)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+import timm.data.config
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -113,7 +114,7 @@ def test_timm_loads_it_by_itself(tmp_path: Path, spec: EncoderSpec) -> None:
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     ours = vision_ssl.load(tmp_path)
     assert torch.equal(theirs(IMAGES), ours(IMAGES))
-    data = timm.data.resolve_data_config(model=theirs)
+    data = timm.data.config.resolve_data_config(model=theirs)
     assert (list(data["input_size"]), data["interpolation"], data["crop_pct"]) == ([3, 24, 24], "bicubic", 1.0)
     assert (tuple(data["mean"]), tuple(data["std"])) == (ours.preprocess.mean, ours.preprocess.std)
 

@@ -92,7 +92,7 @@ def test_lars_takes_a_closure() -> None:
     def loss() -> float:
         optimizer.zero_grad()
         square = weight.square().sum()
-        square.backward()  # type: ignore[no-untyped-call]  # torch
+        square.backward()
         return square.item()
 
     assert optimizer.step(loss) == 4.0

@@ -87,7 +87,7 @@ def test_stopped_twice_and_resumed_equals_uninterrupted(tmp_path: Path, recipe: 
 def test_a_run_that_died_before_its_first_checkpoint_can_be_resumed(
     tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def power_cut(*_: object) -> None:
+    def power_cut(*_: object, **__: object) -> None:
         raise RuntimeError("no power")
 
     with monkeypatch.context() as patch:
@@ -307,7 +307,7 @@ def test_a_damaged_description_of_a_run(tmp_path: Path, text: str) -> None:
     with pytest.raises(CheckpointError, match=r"is not a run: expected run.json in it"):
         train(MAE_RECIPE, tmp_path, resume=True)
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(VisionSSLError, match=r"is damaged|is unknown|is not the description") as refusal:
+    with pytest.raises(VisionSSLError, match=r"is damaged|is unknown|is not the description|is not a count") as refusal:
         train(MAE_RECIPE, tmp_path, resume=True)
     assert "\n" not in str(refusal.value)
 
@@ -469,7 +469,7 @@ def in_two_processes(number: int, folder: Path, ports: list[int]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args)
 
-    MAE.augment = augment  # type: ignore[method-assign]  # this process ends here
+    MAE.augment = augment  # type: ignore[assignment, method-assign]  # this process ends here
     train(MAE_RECIPE, place("stopped", ports[2]))
 
 
