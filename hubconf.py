@@ -1,4 +1,4 @@
-"""Entry points of torch.hub: `torch.hub.load("OWNER/vision-ssl", "mae_vit_small")`."""
+"""Entry points of torch.hub: `torch.hub.load("path/of/a/clone", "mae_vit_small", source="local")`."""
 
 from typing import Any as _Any  # torch.hub lists every callable without the underscore
 

@@ -1,9 +1,9 @@
 """Measure encoders on a labelled source, beside the same encoders untrained and beside raw pixels.
 
-    python benchmarks/evaluate.py simclr_resnet18 mae_vit_small --data tiny-imagenet-200 --per-class 100
+    python benchmarks/evaluate.py simclr_resnet18 --data tiny-imagenet-200 --per-class 100 --out scores.json
 
-All are fitted on the same training images and scored once on all validation images. The reports go to
-`benchmarks/results/<data>.json`, one entry for each line of the table and protocol.
+All are fitted on the same training images and scored once on all validation images. The JSON has one entry for each
+line of the table and protocol.
 """
 
 from contextlib import nullcontext
@@ -16,9 +16,9 @@ import tyro
 
 from vision_ssl import Features, extract, load, open_images
 from vision_ssl.data import ImageSet
-from vision_ssl.engine import native_bf16, pick_device
+from vision_ssl.device import native_bf16, pick_device
 from vision_ssl.features import pixel_features
-from vision_ssl.pretrain import describe_machine
+from vision_ssl.pretrain import commit_of_package, describe_machine
 from vision_ssl.probe import knn, linear
 from vision_ssl.report import Report, paired_bootstrap, table
 from vision_ssl.restore import random_encoder
@@ -48,6 +48,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Measure, print the table, and save the JSON."""
+    device = pick_device(arguments.device)
     rows: list[tuple[str, Report]] = []
     for name in arguments.models:
         encoders = {name: load(name), f"{name}, untrained": random_encoder(name)}
@@ -70,7 +71,10 @@ def main(arguments: Arguments) -> None:
         arguments.out,
         {
             "data": arguments.data if not Path(arguments.data).exists() else Path(arguments.data).name,
-            "machine": describe_machine(pick_device(arguments.device)),
+            "machine": describe_machine(device),
+            "precision": "bf16" if native_bf16(device) else "fp32",
+            "torch": torch.__version__,
+            "commit": commit_of_package(),
             "scores": [entry(label, report) for label, report in rows],
             "differences": differences,
         },

@@ -1,4 +1,6 @@
-"""Turn a finished run into packaged weights: `python benchmarks/package_weights.py RUN NAME RESULTS...`.
+"""Turn a finished run into packaged weights.
+
+    python benchmarks/package_weights.py RUN NAME RESULTS... --label LABEL --licence SENTENCE
 
 Copies the weights and the metrics into `vision_ssl/weights/NAME`, adds measured scores and the licence to the card,
 and prints the entry for `vision_ssl/registry.py`.

@@ -4,12 +4,14 @@ Each stands between two comments that name it; everything else in the file stays
 """
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
 from vision_ssl.registry import WEIGHTS
 
 README = Path(__file__).parents[1] / "README.md"
+DEMO_SCORES = Path(__file__).parent / "results" / "demo.md"
 
 
 def models_table() -> str:
@@ -31,6 +33,11 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
+def demo_scores() -> str:
+    """What the demo printed when it last renewed the README."""
+    return DEMO_SCORES.read_text(encoding="utf-8").strip()
+
+
 def with_block(text: str, name: str, block: str) -> str:
     """The text with what stands between `<!-- name -->` and `<!-- /name -->` replaced."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -42,8 +49,8 @@ def with_block(text: str, name: str, block: str) -> str:
 def main(demo: Path) -> None:
     """Renew both tables."""
     text = with_block(README.read_text(encoding="utf-8"), "models", models_table())
-    scores = (demo / "scores.md").read_text(encoding="utf-8").strip()
-    README.write_text(with_block(text, "demo", scores), encoding="utf-8")
+    shutil.copyfile(demo / "scores.md", DEMO_SCORES)
+    README.write_text(with_block(text, "demo", demo_scores()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ cache
 decode
 checkpoint
 storage
-cpu distributed logistic optim
+cpu distributed device logistic optim
 options presets
 errors
 """

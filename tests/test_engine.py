@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vision_ssl import storage
 from vision_ssl.augment import Draws
-from vision_ssl.engine import Metrics, Trainer, native_bf16, pick_device
+from vision_ssl.device import native_bf16, pick_device
+from vision_ssl.engine import Metrics, Trainer
 from vision_ssl.errors import CheckpointError, RecipeError, TrainingError
 from vision_ssl.optim import schedule_factor
 from vision_ssl.recipes import MAE, Optimiser, Recipe

@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vision_ssl import registry
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
-UNPUBLISHED = [name for name in ("simclr_resnet18", "mae_vit_small") if registry.find(name) is None]
-needs_weights = pytest.mark.skipif(bool(UNPUBLISHED), reason=f"not packaged yet: {', '.join(UNPUBLISHED)}")
 
 
 def example(name: str) -> Any:
@@ -43,18 +39,15 @@ def test_examples_are_short_and_have_a_test(path: Path) -> None:
     assert example(path.stem).__doc__
 
 
-@needs_weights
 def test_compare_models(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("compare_models").main(str(source))
     assert "simclr_resnet18 - mae_vit_small: " in capsys.readouterr().out
 
 
-@needs_weights
 def test_finetune(source: Path) -> None:
     assert example("finetune").main(str(source), steps=3) >= 50
 
 
-@needs_weights
 def test_pretrain_on_a_folder(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     settings = {"epochs": 1, "batch_size": 12, "device": "cpu", "knn_epochs": 0}
@@ -63,19 +56,16 @@ def test_pretrain_on_a_folder(source: Path, tmp_path: Path, capsys: pytest.Captu
     assert (out / "weights" / "model.safetensors").is_file()
 
 
-@needs_weights
 def test_reconstruct_images(source: Path, tmp_path: Path) -> None:
     example("reconstruct_images").main(str(tmp_path / "out.png"), *map(str, source.glob("val/dark/1*.png")))
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["out-0.5.png", "out-0.75.png"]
 
 
-@needs_weights
 def test_reconstruct_the_packaged_photographs(tmp_path: Path) -> None:
     example("reconstruct_images").main(str(tmp_path / "out.png"))
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
-@needs_weights
 def test_search_by_image(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("search_by_image").main(str(source / "train" / "dark" / "3.png"), str(source))
     lines = capsys.readouterr().out.splitlines()

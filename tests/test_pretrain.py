@@ -355,7 +355,7 @@ def test_weights_of_another_architecture_are_refused(
 def test_small_stems_are_not_taken_for_each_other(tmp_path: Path) -> None:
     spec = resolve_encoder("resnet18", image_size=24, stem="3x3-nopool")
     hub.save(tmp_path / "weights", spec.build(), spec, card={})
-    recipe = SimCLR(encoder="resnet18", image_size=24, stem="3x3", batch_size=8)
+    recipe = SimCLR(encoder="resnet18", image_size=24, stem="3x3", batch_size=8, epochs=1)
     with pytest.raises(WeightsError, match="holds a resnet18_3x3_nopool: expected resnet18_3x3, as encoder and stem"):
         train(recipe, tmp_path / "run", init=tmp_path / "weights")
 

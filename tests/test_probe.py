@@ -88,13 +88,28 @@ def test_logistic_regression_does_not_see_shift_and_scale(shift: float, scale: f
     torch.testing.assert_close(logits, moved_logits, atol=0.05, rtol=0.05)
 
 
-def test_a_constant_feature_changes_nothing() -> None:
+@pytest.mark.parametrize("rounding", [0, 2e-8])
+def test_a_constant_feature_changes_nothing(rounding: float) -> None:
     features, labels = make(90, 6, 3, signal=0.3)
-    constant = torch.full((90, 1), 0.1)
+    constant = 0.1 + rounding * (labels == 1).float()[:, None]  # as if the kernels had rounded one class otherwise
+    assert len(constant.unique()) == (2 if rounding else 1)
     fitted = logistic_regression(torch.cat([features, constant], dim=1), labels, 3, 1e-2)
     assert fitted.weight[-1].abs().max() == 0
     plain = logistic_regression(features, labels, 3, 1e-2)
     torch.testing.assert_close(fitted.weight[:-1], plain.weight, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("n", "dim", "rank"), [(90, 6, 6), (20, 50, 20)])
+def test_work_grows_with_the_smaller_of_images_and_dimensions(n: int, dim: int, rank: int) -> None:
+    features, _ = make(n, dim, 3)
+    axes = logistic._Axes.of(features)
+    assert axes.rotation.shape == (dim, rank)
+    projected = axes.project(features).double()
+    torch.testing.assert_close(
+        projected @ projected.T, standardised(features) @ standardised(features).T, atol=1e-3, rtol=1e-3
+    )
+    covariance = projected.T @ projected
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3 * covariance.max()
 
 
 def test_features_that_are_all_constant() -> None:
@@ -438,7 +453,10 @@ def test_evaluate_resubstitution_reads_the_validation_images_alone(encoder: nn.M
     assert (report.protocol, report.val_digest, report.seed) == ("resubstitution", "2" * 64, 3)
 
 
-def test_evaluate_takes_the_split_that_the_argument_says(encoder: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_evaluate_takes_the_split_that_the_argument_says(
+    encoder: nn.Module, monkeypatch: pytest.MonkeyPatch, protocol: Any
+) -> None:
     calls = []
 
     def fake(encoder: nn.Module, source: Any, **options: Any) -> Features:
@@ -446,7 +464,7 @@ def test_evaluate_takes_the_split_that_the_argument_says(encoder: nn.Module, mon
         return {"train": TRAIN, "val": VAL}[options["split"]]
 
     monkeypatch.setattr(probe, "extract", fake)
-    evaluate(encoder, train="a", val="b", device="cpu", cache_dir="cache")
+    evaluate(encoder, train="a", val="b", protocol=protocol, device="cpu", cache_dir="cache")
     common = {"device": "cpu", "cache_dir": "cache", "require_labels": True}
     assert calls == [("a", {"split": "train", **common}), ("b", {"split": "val", **common})]
 

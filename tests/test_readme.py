@@ -6,9 +6,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_table_of_models_is_what_the_cards_say() -> None:
+def test_tables_are_what_the_cards_and_the_demo_say() -> None:
     functions = runpy.run_path(str(ROOT / "benchmarks" / "update_readme.py"))
     assert functions["with_block"](README, "models", functions["models_table"]()) == README
+    assert functions["with_block"](README, "demo", functions["demo_scores"]()) == README
 
 
 def test_files_that_it_names_exist() -> None:

@@ -72,7 +72,7 @@ def extract_command(
         batch_size: Images at a time.
         device: `auto`, `cpu`, `cuda`, ...
     """
-    from .engine import pick_device
+    from .device import pick_device
     from .features import extract
     from .hub import load
 
@@ -103,7 +103,7 @@ def probe_command(
         device: `auto`, `cpu`, `cuda`, ...
         seed: Of the split that chooses the regularisation.
     """
-    from .engine import pick_device
+    from .device import pick_device
     from .hub import load
     from .probe import evaluate
 
@@ -131,7 +131,7 @@ def knn_command(
         out: Also write the report there, as JSON.
         device: `auto`, `cpu`, `cuda`, ...
     """
-    from .engine import pick_device
+    from .device import pick_device
     from .features import extract
     from .hub import load
     from .probe import knn

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -28,8 +29,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.cuda.set_device(device)
+    # While the first process decodes a large source, the others wait longer than the usual ten minutes.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     try:
         yield
     finally:
@@ -74,11 +76,17 @@ def gather(x: Tensor) -> Tensor:
     return x if world_size() == 1 else cast(Tensor, _Gather.apply(x))
 
 
+def wait_for_all() -> None:
+    """Go on when every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
     """Let the first process go ahead, so that the others find its work done."""
-    if world_size() > 1 and rank() > 0:
-        dist.barrier()
+    if rank() > 0:
+        wait_for_all()
     yield
-    if world_size() > 1 and rank() == 0:
-        dist.barrier()
+    if rank() == 0:
+        wait_for_all()

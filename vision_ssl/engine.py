@@ -4,11 +4,10 @@ import copy
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from .augment import Draws
 from .checkpoint import load_checkpoint, save_checkpoint
 from .cpu import use_fast_kernels
+from .device import brought_near, peak_memory
 from .distributed import any_rank, gather, rank, world_size
 from .errors import CheckpointError, RecipeError, TrainingError
 from .optim import build_optimizer, schedule_factor
@@ -31,35 +31,6 @@ if TYPE_CHECKING:
     from .recipes import Recipe
 
 FLUSH_STEPS = 20  # reading a loss waits for the device: metrics stay there for this many steps
-
-
-def pick_device(name: str) -> torch.device:
-    """Resolve `auto` to the first GPU, Apple's if there is no other, or the CPU.
-
-    Raises:
-        RecipeError: The device does not exist here.
-    """
-    if name == "auto":
-        gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        name = next((gpu for gpu, there in gpus.items() if there), "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError(f"device={name!r} cannot be used here: {reason}; expected auto, cpu or cuda") from error
-    return device
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 natively, so that it is faster than float32 there."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        # Public only from torch 2.9 on; older versions answer through the private name, or not at all.
-        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        return bool(supported and supported())
-    return False
 
 
 @dataclass
@@ -205,7 +176,7 @@ class Trainer:
         # Convolutions are fastest when channels come last in memory; other layers do not mind.
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.recipe = recipe
-        self.pixels = _near(pixels, device)
+        self.pixels = brought_near(pixels, device)
         self.checkpoint = directory / "checkpoint.safetensors"
         self.device = device
         self.bf16 = bf16
@@ -245,15 +216,24 @@ class Trainer:
         Returns:
             Seconds a step, and the peak of memory in bytes: the GPU's on CUDA, otherwise the process's where the
             system tells.
+
+        Raises:
+            RecipeError: The device has too little memory.
         """
         trial = copy.deepcopy(self.model)
-        for _ in range(2):  # the first one pays for kernels and memory
-            began = time.perf_counter()
-            self._loss(trial, step=0, micro=0)[0].backward()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-        return seconds * self.recipe.accumulate, _peak_memory(self.device)
+        try:
+            for _ in range(2):  # the first one pays for kernels and memory
+                began = time.perf_counter()
+                self._loss(trial, step=0, micro=0)[0].backward()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - began
+        except torch.OutOfMemoryError as error:
+            raise RecipeError(
+                f"batch_size={self.recipe.batch_size} in micro-batches of {self.micro_size} does not fit into the "
+                f"memory of {self.device}: expected a smaller batch_size, or a larger accumulate"
+            ) from error
+        return seconds * self.recipe.accumulate, peak_memory(self.device)
 
     def _rows(self, step: int, micro: int) -> tuple[Tensor, slice]:
         """Which images this process takes in a micro-batch, and where they stand in the global batch."""
@@ -268,7 +248,7 @@ class Trainer:
 
     def _loss(self, model: nn.Module, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         indices, rows = self._rows(step, micro)
-        images = self.pixels.index_select(0, indices.to(self.pixels.device)).to(self.device, non_blocking=True)
+        images = self.pixels.index_select(0, indices.to(self.pixels.device)).to(self.device)
         draws = Draws(_mix(self.seed, step, 2), rows=rows, total=self.recipe.batch_size, device=self.device)
         views = self.recipe.augment(images, draws)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -288,8 +268,9 @@ class Trainer:
             group["lr"] = lr
         metrics: dict[str, Tensor] = {}
         for micro in range(recipe.accumulate):
-            loss, extra = self._loss(self._parallel, step, micro)
-            (loss / recipe.accumulate).backward()
+            with self._gathering_gradients(last=micro == recipe.accumulate - 1):
+                loss, extra = self._loss(self._parallel, step, micro)
+                (loss / recipe.accumulate).backward()
             for name, value in {"loss": loss.detach(), **extra}.items():
                 metrics[name] = metrics.get(name, 0) + value / recipe.accumulate
         if recipe.clip_grad is not None:
@@ -297,6 +278,12 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return lr, metrics
+
+    def _gathering_gradients(self, *, last: bool) -> AbstractContextManager[None]:
+        """Processes exchange their gradients once a step, after the last micro-batch."""
+        if isinstance(self._parallel, DistributedDataParallel) and not last:
+            return cast(AbstractContextManager[None], self._parallel.no_sync())
+        return nullcontext()
 
     def save(self) -> None:
         """Write the checkpoint, from the first process; all of them must come here together.
@@ -373,23 +360,6 @@ class Trainer:
                     self.save()
                     last_save = last_step = time.perf_counter()
             self.save()  # a first signal while this is written does not end it
-
-
-def _near(pixels: Tensor, device: torch.device) -> Tensor:
-    """The images on the GPU, if they take at most a quarter of its free memory; otherwise where they are."""
-    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
-        return pixels.to(device)
-    return pixels
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _mix(*numbers: int) -> int:

@@ -85,7 +85,13 @@ def _imagenet100(root: Path, split: Split, parts: Sequence[str] | None) -> Listi
         )
     paths = [path for part in chosen for path in _images_in(root, f"{part}/")]
     name = f"{root.resolve().name}/{split if chosen == available else '+'.join(chosen)}"
-    return replace(_by_class_folder(root, paths, 1, list(names), name), classes=tuple(names.values()))
+    return replace(_by_class_folder(root, paths, 1, list(names), name), classes=_distinct(names))
+
+
+def _distinct(names: dict[str, str]) -> tuple[str, ...]:
+    """Class names; of those that stand for several folders (ImageNet has two cranes), each with its folder."""
+    counts = Counter(names.values())
+    return tuple(f"{name} ({folder})" if counts[name] > 1 else name for folder, name in names.items())
 
 
 def _class_folders(paths: Sequence[str], depth: int) -> list[str]:

@@ -183,7 +183,7 @@ def load_into(model: nn.Module, name: str | os.PathLike[str], *, head_required: 
         raise WeightsError(f"{str(name)!r} holds a {architecture}: expected {expected}, as encoder and stem ask for")
     _fill(encoder, directory / ENCODER_FILE, hashes)
     path, head = directory / HEAD_FILE, cast(nn.Module, model.head)
-    if head_required or (path.is_file() and _shapes(load_tensors(path)[0]) == _shapes(head.state_dict())):
+    if head_required or (path.is_file() and _shapes(_read(path, hashes)) == _shapes(head.state_dict())):
         _fill(head, path, hashes)
 
 
@@ -248,15 +248,20 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _fill(module: nn.Module, path: Path, hashes: dict[str, str], *, new_head: bool = False) -> None:
-    """Load a file into a module: every tensor has its place, and only a new classifier may be left out."""
+def _read(path: Path, hashes: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of a file whose hash, if it is registered, is the right one."""
     expected = hashes.get(path.name)
     if expected is not None and path.is_file() and (actual := file_hash(path)) != expected:
         raise WeightsError(f"{path} has SHA-256 {actual}, but the registry says {expected}: it is refused")
     try:
-        tensors, _ = load_tensors(path)
+        return load_tensors(path)[0]
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
+
+
+def _fill(module: nn.Module, path: Path, hashes: dict[str, str], *, new_head: bool = False) -> None:
+    """Load a file into a module: every tensor has its place, and only a new classifier may be left out."""
+    tensors = _read(path, hashes)
     given, needed = _shapes(tensors), _shapes(module.state_dict())
     misfits = [
         f"{name!r} is {given.get(name, 'missing')}, expected {needed.get(name, 'nothing')}"

@@ -51,7 +51,7 @@ def random_mask(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
         mask_ratio: Fraction that is removed.
 
     Returns:
-        Indices of the kept units (B, N_keep) with N_keep = floor(N * (1 - mask_ratio)), and the float32 mask
+        Indices of the kept units (B, N_keep) with N_keep of `kept_count`, and the float32 mask
         (B, N): 1 where removed, 0 where kept.
     """
     keep = noise.argsort(dim=1)[:, : kept_count(noise.shape[1], mask_ratio)]

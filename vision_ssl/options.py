@@ -28,11 +28,12 @@ class RunOptions:
         precision: `auto` (bf16 where the device computes it natively), `bf16` or `fp32`.
         time_limit: Minutes after which the run saves its state and stops.
         seed: Seed of the weights, the order of the images, and the views.
-        parts: Parts of an ImageNet-100 tree to train on, such as `train.X1`; all by default.
+        parts: Parts of a source to train on, such as `train.X1` of an ImageNet-100 tree or `unlabeled` of stl10.
         cache_dir: Where decoded images are kept; by default `~/.cache/vision_ssl`.
         cache_size: Side at which images are kept before cropping, pixels; by default the recipe's `image_size`.
         save_minutes: Minutes between checkpoints.
-        knn_epochs: Epochs between kNN accuracies on held-out training images, where labels exist; 0 for never.
+        knn_epochs: Epochs between kNN accuracies, where labels exist, on a split of the training images (the encoder
+            trains on all of them); 0 for never.
     """
 
     out: str | None = None
@@ -109,7 +110,8 @@ def check_numbers(settings: Any, *names: str, most: float = sys.float_info.max) 
     expected = "a finite number >= 0" if most > 1 else f"a number in [0, {most}]"
     for name in names:
         value = getattr(settings, name)
-        check(settings, name, value is None or 0 <= value <= most, expected)
+        valid = value is None or (isinstance(value, int | float) and 0 <= value <= most)
+        check(settings, name, valid, expected)
 
 
 def check(settings: Any, name: str, valid: bool, expected: str) -> None:

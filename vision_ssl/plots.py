@@ -193,6 +193,9 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _save(figure: "Figure", out: str | os.PathLike[str]) -> Path:
     path = Path(out)
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise DataError(f"out={str(path)!r} has no suffix of a picture: expected one of .{', .'.join(sorted(formats))}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight")
     return path

@@ -1,4 +1,4 @@
-"""Named settings of the recipes: the five systems of the two studies, and best practice for small images."""
+"""Named settings of the recipes: best practice for small images, and the systems of two earlier studies, A and B."""
 
 from typing import Any
 

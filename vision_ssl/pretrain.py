@@ -18,8 +18,9 @@ from torch import nn
 
 from . import __version__, hub
 from .data import ImageSet, open_images
-from .distributed import process_group, rank, rank_zero_first, world_size
-from .engine import Trainer, native_bf16, pick_device
+from .device import native_bf16, pick_device
+from .distributed import process_group, rank, rank_zero_first, wait_for_all, world_size
+from .engine import Trainer
 from .errors import CheckpointError, RecipeError
 from .features import extract
 from .options import LASTING, changed_fields
@@ -141,6 +142,7 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
             if not trainer.progress.finished:
                 _say(f"stopped at step {trainer.progress.step:,} of {trainer.progress.steps:,}; to go on:")
                 _say(f"  {_how_to_go_on(recipe, source, options, run)}")
+        wait_for_all()  # so that no process returns before the weights are there
     return run
 
 
@@ -154,7 +156,10 @@ def _how_to_go_on(recipe: "Recipe", source: "Source", options: "RunOptions", run
     if not isinstance(source, str | os.PathLike):
         settings = "".join(f"{name}={given[name]!r}, " for name in sorted(again))
         return f"{type(recipe).__name__}.train(the same images, {settings}out={str(run.directory)!r}, resume=True)"
-    command = ["vision-ssl", "train", recipe.method, str(source), "--out", str(run.directory), "--resume"]
+    program = ["vision-ssl"]
+    if world_size() > 1:
+        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "vision_ssl"]
+    command = [*program, "train", recipe.method, str(source), "--out", str(run.directory), "--resume"]
     for name in sorted(again):
         command += [f"--{name.replace('_', '-')}", str(given[name])]
     return shlex.join(command)
@@ -235,7 +240,7 @@ def _card(recipe: "Recipe", images: ImageSet, trainer: Trainer, options: "RunOpt
             "seed": options.seed,
             "init": options.init,
             "vision_ssl": __version__,
-            "commit": _commit(),
+            "commit": commit_of_package(),
             "torch": torch.__version__,
         },
     }
@@ -252,7 +257,7 @@ def describe_machine(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} thread(s)"
 
 
-def _commit() -> str | None:
+def commit_of_package() -> str | None:
     """The commit of this package, when it runs from a clone; with a + if its files were changed since."""
     package = Path(__file__).parent
 

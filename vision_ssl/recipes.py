@@ -106,7 +106,7 @@ class Recipe:
         weight_decay: Weight decay of everything but biases, norms and tokens.
         betas: Of Adam and AdamW.
         warmup_epochs: Epochs before the schedule begins; by default a tenth of all, at most 10.
-        warmup: `linear` from zero, or `constant` at the peak.
+        warmup: `linear` from near zero, or `constant` at the peak.
         schedule: `cosine` to zero, or `constant`.
         clip_grad: Largest norm of the gradient; `None` for no clipping.
         crop_scale: Range of a random crop's share of the image area.

@@ -1,0 +1,60 @@
+"""Devices: which one to use, what it can do, and what fits into its memory."""
+
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from .errors import RecipeError
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve `auto` to the first GPU (under torchrun, this process's), Apple's if there is no other, or the CPU.
+
+    Raises:
+        RecipeError: The device does not exist here.
+    """
+    if name == "auto":
+        gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((gpu for gpu, there in gpus.items() if there), "cpu")
+    if "LOCAL_RANK" in os.environ and name.startswith("cuda"):  # under torchrun, each process has its own
+        if name != "cuda":
+            raise RecipeError(f"device={name!r} cannot be shared by the processes of torchrun: expected auto or cuda")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"device={name!r} cannot be used here: {reason}; expected auto, cpu or cuda") from error
+    return device
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 natively, so that it is faster than float32 there."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        # Public only from torch 2.9 on; older versions answer through the private name, or not at all.
+        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return bool(supported and supported())
+    return False
+
+
+def brought_near(pixels: Tensor, device: torch.device) -> Tensor:
+    """The images on the GPU, if they take at most a quarter of its free memory; otherwise where they are."""
+    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
+        return pixels.to(device)
+    return pixels
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most memory in use so far, bytes: the GPU's on CUDA, otherwise the process's where the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
