@@ -17,11 +17,11 @@ from vision_ssl.augment import (
     crop_resize,
     gaussian_blur,
     grayscale,
-    normalise,
     random_blur,
     random_boxes,
     random_grayscale,
 )
+from vision_ssl.data import normalise
 
 CPU = torch.device("cpu")
 

@@ -27,6 +27,7 @@ VIT = resolve_encoder("vit_tiny", image_size=24, patch_size=8)
 RESNET = resolve_encoder("resnet18", image_size=24, stem="7x7")
 SMALL_STEM = resolve_encoder("resnet18", image_size=24, stem="3x3-nopool")
 IMAGES = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 CARD = {"method": "mae", "data": {"name": "größe"}, "scores": []}
 
 
@@ -375,13 +376,21 @@ def test_only_our_arguments_reach_timm(
         ({"model_args": None}, "is not the description of an encoder: TypeError"),
         ({"model_args": "abc"}, "is not the description of an encoder: ValueError"),
         ({"model_args": {}}, r"has model_args \{\}: expected \{"),
-        ({"pretrained_cfg": {"input_size": [3, 24]}}, "is not the description of an encoder: ValueError"),
-        ({"pretrained_cfg": {"input_size": 24}}, "is not the description of an encoder: TypeError"),
-        ({"pretrained_cfg": {"input_size": "123"}}, "has channels '1': expected a whole number"),
-        ({"pretrained_cfg": {"input_size": [3, -24, -24]}}, "has image size -24: expected a whole number"),
-        ({"pretrained_cfg": {"input_size": [3, 25, 25]}}, "image_size=25 is not divisible by patch_size=8"),
-        ({"pretrained_cfg": {"input_size": [1, 24, 24]}}, "has model_args"),
+        ({"pretrained_cfg": STATISTICS | {"input_size": [3, 24]}}, "is not the description of an encoder: ValueError"),
+        ({"pretrained_cfg": STATISTICS | {"input_size": 24}}, "is not the description of an encoder: TypeError"),
+        ({"pretrained_cfg": STATISTICS | {"input_size": "123"}}, "has channels '1': expected a whole number"),
+        ({"pretrained_cfg": STATISTICS | {"input_size": [3, -24, -24]}}, "has image size -24: expected a whole number"),
+        (
+            {"pretrained_cfg": STATISTICS | {"input_size": [3, 25, 25]}},
+            "image_size=25 is not divisible by patch_size=8",
+        ),
+        ({"pretrained_cfg": STATISTICS | {"input_size": [1, 24, 24]}}, "has model_args"),
         ({"vision_ssl": [1]}, "is not the description of an encoder: TypeError"),
+        ({"pretrained_cfg": {"input_size": [3, 24, 24]}}, "is not the description of an encoder: KeyError: 'mean'"),
+        (
+            {"pretrained_cfg": {"input_size": [3, 24, 24], "mean": [0.5] * 3, "std": [0.5] * 3}},
+            r"has mean and std \(\(0.5, 0.5, 0.5\), \(0.5, 0.5, 0.5\)\): expected \(\(0.485",
+        ),
     ],
     ids=str,
 )

@@ -5,7 +5,6 @@ seed. The operations follow torchvision's on float tensors; the whole batch take
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -262,10 +261,3 @@ def random_blur(draws: Draws, images: Tensor, *, probability: float, kernel_size
     images = images.clone()
     images[rows] = gaussian_blur(images[rows], sigma[rows], kernel_size)
     return images
-
-
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Subtract `mean` and divide by `std`, one of each a channel, from images in [0, 1]."""
-    shift = torch.tensor(mean, device=images.device)[:, None, None]
-    scale = torch.tensor(std, device=images.device)[:, None, None]
-    return (images - shift) / scale

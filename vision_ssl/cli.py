@@ -132,14 +132,11 @@ def knn_command(
         device: `auto`, `cpu`, `cuda`, ...
     """
     from .device import pick_device
-    from .features import extract
     from .hub import load
-    from .probe import knn
+    from .probe import evaluate
 
     encoder, where = load(name), pick_device(device)
-    index = extract(encoder, train, split="train", device=where, require_labels=True)
-    queries = extract(encoder, val, split="val", device=where, require_labels=True)
-    _show(knn(index, queries, k=k), out)
+    _show(evaluate(encoder, train=train, val=val, protocol="knn", k=k, device=where), out)
 
 
 def _show(report: "Report", out: Path | None) -> None:

@@ -108,9 +108,14 @@ class Preprocess:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Scale uint8 (B, C, S, S) to [0, 1], subtract `mean`, divide by `std`: float32 of the same shape."""
-        mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
-        return (pixels.float() / 255 - mean) / std
+        return normalise(pixels.float() / 255, self.mean, self.std)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Subtract `mean` and divide by `std`, one of each a channel, from images (B, C, H, W) in [0, 1]."""
+    shift = torch.tensor(mean, device=images.device)[:, None, None]
+    scale = torch.tensor(std, device=images.device)[:, None, None]
+    return (images - shift) / scale
 
 
 def channel_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

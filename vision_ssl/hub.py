@@ -223,6 +223,7 @@ def _read_config(directory: Path) -> tuple[EncoderSpec, dict[str, Any]]:
         config = json.loads(path.read_text(encoding="utf-8"))
         architecture, args = config["architecture"], dict(config["model_args"])
         channels, size, _ = config["pretrained_cfg"]["input_size"]
+        statistics = tuple(tuple(config["pretrained_cfg"][name]) for name in ("mean", "std"))
         card = dict(config.get("vision_ssl", {}))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -241,6 +242,8 @@ def _read_config(directory: Path) -> tuple[EncoderSpec, dict[str, Any]]:
         raise WeightsError(f"{path}: {error}") from error
     if args != _model_args(spec):
         raise WeightsError(f"{path} has model_args {args}: expected {_model_args(spec)}")
+    if statistics != channel_statistics(channels):
+        raise WeightsError(f"{path} has mean and std {statistics}: expected {channel_statistics(channels)}")
     return spec, card
 
 

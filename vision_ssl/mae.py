@@ -9,8 +9,8 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .augment import Draws, crop_resize, normalise, random_boxes
-from .data import channel_statistics
+from .augment import Draws, crop_resize, random_boxes
+from .data import channel_statistics, normalise
 from .encoders import (
     feature_dim,
     fix_position_embedding,

@@ -126,6 +126,7 @@ def evaluate(
     train: "Source | Features",
     val: "Source | Features",
     protocol: Protocol = "linear",
+    k: int = 20,
     device: str | torch.device | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -137,6 +138,7 @@ def evaluate(
         train: Labelled images to fit on (of a source with several splits, "train"), or their features.
         val: Labelled images to score on (of a source with several splits, "val"), or their features.
         protocol: "linear", "knn", or "resubstitution", which fits and scores on `val` and never opens `train`.
+        k: Neighbours that vote in "knn".
         device: Where the encoder computes; by default where it is.
         cache_dir: Where the decoded images are kept.
         seed: See the protocol.
@@ -154,7 +156,7 @@ def evaluate(
     if protocol == "linear":
         return linear(features(train, "train"), features(val, "val"), seed=seed)
     if protocol == "knn":
-        return knn(features(train, "train"), features(val, "val"), seed=seed)
+        return knn(features(train, "train"), features(val, "val"), k=k, seed=seed)
     if protocol == "resubstitution":
         return resubstitution(features(val, "val"), seed=seed)
     raise RecipeError(f"protocol={protocol!r}: expected 'linear', 'knn' or 'resubstitution'")

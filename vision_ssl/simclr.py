@@ -10,12 +10,11 @@ from .augment import (
     Draws,
     color_jitter,
     crop_resize,
-    normalise,
     random_blur,
     random_boxes,
     random_grayscale,
 )
-from .data import channel_statistics
+from .data import channel_statistics, normalise
 from .distributed import gather, rank
 from .encoders import feature_dim
 
