@@ -196,15 +196,19 @@ def test_training_time_adds_up(tmp_path: Path) -> None:
     assert fit(second).progress.seconds > first.progress.seconds
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_and_saves(tmp_path: Path, number: signal.Signals) -> None:
-    trainer = fit(make(tmp_path, Tiny(on_batch=at_batch(3, send(number)))))
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGTERM, signal.SIGTERM]])
+def test_a_signal_stops_after_the_step_and_saves(tmp_path: Path, numbers: list[signal.Signals]) -> None:
+    def stop() -> None:
+        for number in numbers:
+            send(number)()
+
+    trainer = fit(make(tmp_path, Tiny(on_batch=at_batch(3, stop))))
     assert (trainer.progress.step, trainer.progress.finished) == (3, False)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert load_tensors(trainer.checkpoint)[1]["step"] == 3
 
 
-def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
     def twice() -> None:
         send(signal.SIGINT)()
         send(signal.SIGINT)()

@@ -114,14 +114,17 @@ def _not_finite(what: str, step: int, lr: float) -> TrainingError:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that the loop can stop between two steps; twice kills."""
+    """An event that Ctrl-C or SIGTERM sets, so that the loop can stop between two steps.
+
+    A second Ctrl-C interrupts at once.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def request(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        if stop.is_set() and number == signal.SIGINT:  # supervisors may well send SIGTERM twice
             raise KeyboardInterrupt
         stop.set()
 
