@@ -319,7 +319,7 @@ class Trainer:
 
         Args:
             monitor: Looks at the model between epochs, in the first process, and returns metrics.
-            monitor_epochs: Epochs between two looks; 0 for never.
+            monitor_epochs: Epochs between two looks.
             time_limit: Minutes.
             save_minutes: Minutes between checkpoints.
 
@@ -350,7 +350,7 @@ class Trainer:
                     bar.set_postfix(loss=f"{tensors['loss'].item():.3f}", images_per_second=facts["images_per_second"])
                     self.metrics.flush()
                 epoch, position = divmod(progress.step, self.steps_per_epoch)
-                if monitor and monitor_epochs and position == 0 and (epoch % monitor_epochs == 0 or progress.finished):
+                if monitor and position == 0 and (epoch % monitor_epochs == 0 or progress.finished):
                     self._verify()
                     if rank() == 0:
                         self.metrics.write({"step": progress.step, "epoch": epoch, **monitor(self.model)})
