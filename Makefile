@@ -2,7 +2,7 @@
 # pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 
-.PHONY: demo test check
+.PHONY: demo test check bench
 .NOTPARALLEL: # the commands share one environment
 
 demo: .venv/plot.stamp
@@ -15,6 +15,12 @@ check: .venv/dev.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+bench: .venv/bench.stamp
+	for group in augment loss step probe decode startup scale; do \
+		.venv/bin/python -m benchmarks.bench_$$group || exit; \
+	done
+	.venv/bin/python benchmarks/update_readme.py
 
 .venv/%.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -29,6 +29,7 @@ engine
 hub
 registry
 encoders
+color
 augment
 data
 named

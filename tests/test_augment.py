@@ -1,5 +1,4 @@
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -8,18 +7,14 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from vision_ssl.augment import (
+    BLOCK,
     Draws,
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
-    color_jitter,
     crop_resize,
+    draw_blur,
     gaussian_blur,
-    grayscale,
-    random_blur,
+    in_blocks,
+    on_chosen,
     random_boxes,
-    random_grayscale,
 )
 from vision_ssl.data import normalise
 
@@ -150,37 +145,7 @@ def test_whole_image_at_its_own_size_is_left_alone() -> None:
         torch.testing.assert_close(views[1], pixels[1].flip(2) / 255)
 
 
-# Colours
-
-FACTORS = torch.tensor([0.0, 0.4, 1.0, 1.3, 2.0])
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "factors"),
-    [
-        (adjust_brightness, TF.adjust_brightness, FACTORS),
-        (adjust_contrast, TF.adjust_contrast, FACTORS),
-        (adjust_saturation, TF.adjust_saturation, FACTORS),
-        (adjust_hue, TF.adjust_hue, torch.tensor([-0.5, -0.1, 0.0, 0.2, 0.5])),
-    ],
-    ids=["brightness", "contrast", "saturation", "hue"],
-)
-def test_colours_change_as_in_torchvision(ours: Any, theirs: Any, factors: Tensor) -> None:
-    images = random_images(5)
-    images[:, :, 0, 0] = 0.3  # grey has no hue
-    images[:, :, 0, 1], images[:, :, 0, 2] = 0.0, 1.0
-    images[:, 0, 0, 3] = images[:, 1, 0, 3] = 0.9  # two channels share the largest value
-    images[:, 1, 0, 4] = images[:, 2, 0, 4] = 0.9
-    before = images.clone()
-    changed = ours(images, factors)
-    for image, factor, result in zip(images, factors.tolist(), changed, strict=True):
-        torch.testing.assert_close(result, theirs(image, factor), rtol=0, atol=2e-5)
-    assert torch.equal(images, before)
-
-
-def test_grayscale_equals_torchvisions() -> None:
-    images = random_images(2)
-    torch.testing.assert_close(grayscale(images), TF.rgb_to_grayscale(images))
+# Blur
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 23])
@@ -192,106 +157,36 @@ def test_blur_equals_torchvisions(kernel_size: int) -> None:
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
-def test_jitter_takes_torchvisions_steps_in_the_order_drawn_for_each_image() -> None:
-    images, strength = random_images(24), (0.8, 0.6, 0.9, 0.3)
-    jittered = color_jitter(draws(24), images, strength, probability=0.7)
-
-    again = draws(24)
-    chosen = again.chance(0.7)
-    factors = [again.uniform(low=1 - s, high=1 + s) for s in strength[:3]]
-    factors.append(again.uniform(low=-strength[3], high=strength[3]))
-    orders = again.uniform(4).argsort(dim=1)
-    assert len(orders.unique(dim=0)) > 10
-    steps: list[Any] = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
-    for row, image in enumerate(images):
-        expected = image
-        for number in orders[row].tolist() if chosen[row] else []:
-            expected = steps[number](expected, factors[number][row].item())
-        torch.testing.assert_close(jittered[row], expected, rtol=0, atol=5e-5)
-
-
-@pytest.mark.parametrize(("strength", "low", "high"), [(0.4, 0.3, 0.7), (2.0, 0.0, 1.0)])
-def test_jitter_factors_lie_around_one_and_never_below_zero(strength: float, low: float, high: float) -> None:
-    grey = torch.full((2000, 1, 1, 1), 0.5)
-    values = color_jitter(draws(2000), grey, (strength, 0.0, 0.0, 0.0))
-    assert values.min().item() == pytest.approx(low, abs=0.01)
-    assert values.max().item() == pytest.approx(high, abs=0.01)
-    assert (values == 0).float().mean() < 0.01  # where negative factors would end
-
-
-def everything(own: Draws, images: Tensor, probability: float) -> Tensor:
-    images = color_jitter(own, images, (0.4, 0.4, 0.4, 0.1), probability=probability)
-    images = random_grayscale(own, images, probability)
-    return random_blur(own, images, probability=probability, kernel_size=5)
-
-
-@pytest.mark.parametrize("batch", [1, 7])
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
-def test_any_channels_and_any_batch_stay_in_range(batch: int, channels: int) -> None:
-    images = random_images(batch, channels)
-    images[0, :, :4] = images[0, :, :4].round()  # the ends of the range
-    before = images.clone()
-    changed = everything(draws(batch), images, probability=1.0)
-    assert changed.shape == images.shape
-    assert changed.dtype == torch.float32
-    assert changed.min() >= 0
-    assert changed.max() <= 1 + 1e-6
-    assert not torch.allclose(changed, images, atol=1e-3)
-    assert torch.equal(images, before)
-
-
-def test_probability_zero_changes_nothing() -> None:
-    images = random_images(8)
-    assert torch.equal(everything(draws(8), images, probability=0.0), images)
-
-
-@pytest.mark.parametrize("operation", ["jitter", "grayscale", "blur"])
-def test_probability_one_changes_every_image_and_one_half_some(operation: str) -> None:
-    images = random_images(64)
-
-    def changed(probability: float) -> float:
-        own = draws(64)
-        if operation == "jitter":
-            result = color_jitter(own, images, (0.4, 0.4, 0.4, 0.1), probability=probability)
-        elif operation == "grayscale":
-            result = random_grayscale(own, images, probability)
-        else:
-            result = random_blur(own, images, probability=probability, kernel_size=5)
-        return (result != images).flatten(1).any(dim=1).float().mean().item()
-
-    assert changed(1.0) > 0.9  # the weakest blurs change nothing
-    assert 0.2 < changed(0.5) < 0.8
-
-
-def test_gray_views_have_three_equal_channels() -> None:
-    images = random_images(4)
-    gray = random_grayscale(draws(4), images, 1.0)
-    torch.testing.assert_close(gray, grayscale(images).expand(-1, 3, -1, -1))
-
-
 def test_blur_is_drawn_for_each_image_within_its_range() -> None:
-    point = torch.zeros(200, 1, 9, 9)
-    point[:, 0, 4, 4] = 1
-    centres = random_blur(draws(200), point, probability=1.0, kernel_size=5)[:, 0, 4, 4]
-    sharpest = gaussian_blur(point[:1], torch.tensor([0.1]), 5)[0, 0, 4, 4]
-    softest = gaussian_blur(point[:1], torch.tensor([2.0]), 5)[0, 0, 4, 4]
-    assert softest <= centres.min() < softest * 1.1
-    assert 0.9 * sharpest < centres.max() <= sharpest
-    assert len(centres.unique()) > 100
+    chosen, sigma = draw_blur(draws(2000), 0.3)
+    assert chosen.float().mean().item() == pytest.approx(0.3, abs=0.05)
+    assert (sigma.min().item(), sigma.max().item()) == pytest.approx((0.1, 2.0), abs=0.01)
+    assert len(sigma.unique()) > 1000
 
 
-def test_an_image_does_not_depend_on_its_neighbours() -> None:
-    images = random_images(6)
-    others = images.clone()
-    others[[0, 2, 4]] = 1 - others[[0, 2, 4]]
-    first, second = (everything(draws(6), batch, probability=0.7) for batch in (images, others))
-    torch.testing.assert_close(first[[1, 3, 5]], second[[1, 3, 5]])
+# Parts of a batch
 
 
-def test_equal_images_become_different_views() -> None:
-    images = random_images(1).expand(16, -1, -1, -1)
-    changed = everything(draws(16), images, probability=1.0)
-    assert len(changed.flatten(1).unique(dim=0)) == 16
+@pytest.mark.parametrize("batch", [1, 7, 300])
+def test_blocks_are_all_rows_once_and_fit_the_cache(batch: int) -> None:
+    images = torch.empty(batch, 3, 64, 64)
+    blocks = list(in_blocks(images))
+    assert torch.equal(torch.cat(blocks), torch.arange(batch))
+    assert all(len(rows) * 3 * 64 * 64 <= BLOCK for rows in blocks)
+
+
+def test_an_image_larger_than_a_block_is_one() -> None:
+    assert [len(rows) for rows in in_blocks(torch.empty(2, 3, 512, 512))] == [1, 1]
+
+
+@pytest.mark.parametrize("chosen", [[False] * 4, [True] * 4, [False, True, True, False]])
+def test_only_chosen_images_change_each_by_its_own_numbers(chosen: list[bool]) -> None:
+    images, factors = random_images(4), torch.tensor([2.0, 3.0, 4.0, 5.0])
+    before = images.clone()
+    changed = on_chosen(torch.tensor(chosen), lambda part, f: part * f[:, None, None, None], images, factors)
+    for row, yes in enumerate(chosen):
+        assert torch.equal(changed[row], before[row] * factors[row] if yes else before[row])
+    assert torch.equal(images, before)
 
 
 def test_normalise_by_hand() -> None:

@@ -82,7 +82,7 @@ def test_fast_model_equals_the_slow_one(name: str, stem: str) -> None:
     slow = resolve_encoder(name, image_size=32, stem=stem).build()
     fast = copy.deepcopy(slow)
     parameters = list(fast.parameters())
-    use_fast_kernels(fast)
+    use_fast_kernels(fast, bf16=True)
     assert all(before is after for before, after in zip(parameters, fast.parameters(), strict=True))
     assert list(fast.state_dict()) == list(slow.state_dict())
 
@@ -97,17 +97,23 @@ def test_fast_model_equals_the_slow_one(name: str, stem: str) -> None:
 
 def test_resnet_uses_the_matrix_product_where_its_maps_are_small(direct_calls: list[tuple[int, ...]]) -> None:
     encoder = resolve_encoder("resnet18", image_size=64, stem="7x7").build().eval()
-    use_fast_kernels(encoder)
+    use_fast_kernels(encoder, bf16=True)
     encoder(torch.randn(1, 3, 64, 64))
     assert len(direct_calls) == 20 - 4  # all but the four 3x3 convolutions of the last stage, on 2 px maps
 
 
 def test_explicit_attention_is_a_matter_of_this_model_alone() -> None:
     ours: Any = resolve_encoder("vit_tiny", image_size=32).build()
-    use_fast_kernels(ours)
+    use_fast_kernels(ours, bf16=True)
     other: Any = resolve_encoder("vit_tiny", image_size=32).build()
     assert not any(block.attn.fused_attn for block in ours.blocks)
     assert all(block.attn.fused_attn for block in other.blocks)
+
+
+def test_attention_stays_fused_in_float32() -> None:
+    encoder: Any = resolve_encoder("vit_tiny", image_size=32).build()
+    use_fast_kernels(encoder, bf16=False)
+    assert all(block.attn.fused_attn for block in encoder.blocks)
 
 
 def test_other_convolutions_stay_as_they_are() -> None:
@@ -119,6 +125,6 @@ def test_other_convolutions_stay_as_they_are() -> None:
         nn.ConvTranspose2d(3, 3, 3, padding=1),
     )
     kinds = [type(module) for module in model]
-    use_fast_kernels(model)
+    use_fast_kernels(model, bf16=True)
     assert [type(module) for module in model] == kinds
     assert SmallMapConv2d not in kinds

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import ExifTags, Image, ImageOps
 
-from vision_ssl.decode import decode, decode_file, fit, fit_planes
+from vision_ssl import decode as decoding
+from vision_ssl.decode import decode, decode_file, fit, fit_planes, read_jpeg
 from vision_ssl.errors import DataError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -140,10 +141,145 @@ def test_planes_are_resized_as_the_channels_of_a_picture(pixels: np.ndarray, siz
     np.testing.assert_array_equal(fit_planes(pixels, size), decode(picture, size))
 
 
-def jpeg() -> bytes:
+def jpeg(image: np.ndarray = NOISE, mode: str = "RGB", **options: object) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(NOISE).save(buffer, "JPEG")
+    Image.fromarray(image).convert(mode).save(buffer, "JPEG", **options)
     return buffer.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    return tags
+
+
+@pytest.fixture
+def _two_decoders() -> None:
+    pytest.importorskip("simplejpeg")
+    if not decoding._SAME_LIBRARY:
+        pytest.skip("this Pillow is not built with libjpeg-turbo")
+
+
+def pillows(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.usefixtures("_two_decoders")
+@pytest.mark.parametrize("quality", [1, 30, 75, 95, 100])
+@pytest.mark.parametrize("shape", [(64, 64), (375, 500), (61, 47), (17, 8), (1, 1)])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {"subsampling": "4:2:0"}),
+        ("RGB", {"subsampling": "4:2:2"}),
+        ("RGB", {"subsampling": "4:4:4"}),
+        ("RGB", {"keep_rgb": True}),
+        ("RGB", {"exif": exif(1), "comment": b"a comment", "icc_profile": b"as long as it is there"}),
+        ("RGB", {"restart_marker_rows": 1, "optimize": True}),
+        ("L", {}),
+    ],
+    ids=str,
+)
+def test_ordinary_jpegs_are_as_pillow_reads_them(
+    mode: str, options: dict[str, object], shape: tuple[int, int], quality: int, tmp_path: Path
+) -> None:
+    picture = np.random.default_rng(0).normal(128, 60, (*shape, 3))
+    picture[: shape[0] // 2] = np.linspace(0, 255, shape[1])[:, None]  # smooth above, noise below
+    content = jpeg(picture.clip(0, 255).astype(np.uint8), mode, quality=quality, **options)
+    (tmp_path / "photo.jpg").write_bytes(content)
+    pixels = read_jpeg(tmp_path / "photo.jpg")
+    assert pixels is not None
+    np.testing.assert_array_equal(pixels, pillows(tmp_path / "photo.jpg"))
+
+
+@pytest.mark.usefixtures("_two_decoders")
+@pytest.mark.parametrize("subsampling", ["440", "411"])
+def test_subsampling_that_pillow_cannot_write(subsampling: str, tmp_path: Path) -> None:
+    simplejpeg = pytest.importorskip("simplejpeg")
+    (tmp_path / "photo.jpg").write_bytes(simplejpeg.encode_jpeg(NOISE, colorsubsampling=subsampling))
+    pixels = read_jpeg(tmp_path / "photo.jpg")
+    assert pixels is not None
+    np.testing.assert_array_equal(pixels, pillows(tmp_path / "photo.jpg"))
+
+
+@pytest.mark.usefixtures("_two_decoders")
+@pytest.mark.parametrize("size", [40, 16, 50])
+@pytest.mark.parametrize("shape", [(40, 40), (40, 60)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_is_the_same_square_with_and_without_the_extra(
+    mode: str, shape: tuple[int, int], size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(jpeg(NOISE[: shape[0], : shape[1]], mode))
+    assert read_jpeg(photo) is not None
+    with_extra = decode_file(photo, size)
+    monkeypatch.setattr(decoding, "simplejpeg", None)
+    assert read_jpeg(photo) is None
+    np.testing.assert_array_equal(with_extra, decode_file(photo, size))
+    assert with_extra.shape == (3, size, size)
+    assert with_extra.dtype == np.uint8
+    assert with_extra.flags.c_contiguous
+    assert with_extra.flags.writeable
+
+
+SPOILT = jpeg()[:900] + b"\x55" * 20 + jpeg()[920:]
+
+
+@pytest.mark.usefixtures("_two_decoders")
+@pytest.mark.parametrize(
+    "content",
+    [
+        jpeg(exif=exif(6)),
+        jpeg(exif=exif(3), comment=b"a comment"),
+        jpeg(mode="CMYK"),
+        jpeg(progressive=True),
+        jpeg(exif=exif(1), progressive=True),
+        jpeg()[:700],
+        jpeg()[:-2],
+        SPOILT,
+        jpeg()[:30],
+        jpeg().replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),  # 12 bits
+        b"",
+        b"GIF89a",
+    ],
+    ids=lambda content: f"{len(content)} bytes",
+)
+def test_other_files_are_left_to_pillow(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(content)
+    results = []
+    for _ in range(2):
+        try:
+            results.append(decode_file(photo, 16).tobytes())
+        except DataError as error:
+            results.append(str(error).encode())
+        assert read_jpeg(photo) is None
+        monkeypatch.setattr(decoding, "simplejpeg", None)
+    assert results[0] == results[1]
+
+
+@pytest.mark.usefixtures("_two_decoders")
+def test_large_jpegs_are_left_to_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photo.jpg").write_bytes(jpeg())
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 40 * 60)
+    assert read_jpeg(tmp_path / "photo.jpg") is not None
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 40 * 60 - 1)
+    assert read_jpeg(tmp_path / "photo.jpg") is None
+
+
+@pytest.mark.usefixtures("_two_decoders")
+def test_a_jpeg_longer_than_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = jpeg(quality=100)
+    assert len(content) > 40 * 60 + 1
+    (tmp_path / "photo.jpg").write_bytes(content)
+    for first in (len(content), len(content) - 1, 3):
+        monkeypatch.setattr(decoding, "_FIRST_READ", first)
+        pixels = read_jpeg(tmp_path / "photo.jpg")
+        assert pixels is not None
+        np.testing.assert_array_equal(pixels, pillows(tmp_path / "photo.jpg"))
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", len(content) - 1)
+    assert read_jpeg(tmp_path / "photo.jpg") is None
 
 
 @pytest.mark.parametrize(

@@ -498,4 +498,10 @@ def test_devices() -> None:
         ):
             pick_device(name)
     assert not native_bf16(torch.device("mps"))
-    assert isinstance(native_bf16(CPU), bool)
+
+
+@pytest.mark.parametrize("matrix_units", [False, True])
+def test_bf16_on_a_cpu_needs_matrix_units(monkeypatch: pytest.MonkeyPatch, matrix_units: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    assert native_bf16(CPU) == matrix_units

@@ -78,6 +78,51 @@ def test_logistic_regression_is_scikit_learns(n: int, dim: int, n_classes: int, 
     assert agree.mean() >= 0.99
 
 
+@pytest.mark.parametrize(("signal", "l2"), [(0.05, 1e-2), (0.3, 1e-3), (0.3, 1e-5), (2.0, 1e-6)])
+def test_the_solver_arrives_where_scikit_learn_does(signal: float, l2: float) -> None:
+    """From classes that overlap to classes that are separable, where probabilities underflow."""
+    features, labels = make(1500, 48, 10, signal=signal)
+    x = standardised(features)
+    reference = LogisticRegression(C=1 / (1500 * l2), tol=1e-9, max_iter=100_000).fit(x.numpy(), labels.numpy())
+    weight, bias = torch.from_numpy(reference.coef_.T), torch.from_numpy(reference.intercept_)
+    expected = objective(x, labels, l2, weight, bias)
+    fitted = logistic_regression(features, labels, 10, l2)
+    assert objective_of(fitted, features, labels, l2) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:the linear probe did not converge")
+def test_a_step_that_overshoots_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of twenty classes share all probability: the curvature there is five times what the units say."""
+    features, labels = make(4000, 8, 20, signal=0.1)
+    features, labels = features[labels < 2], labels[labels < 2]
+    axes = logistic._Axes.of(features)
+    projected = axes.project(features)
+    target = logistic._Objective(projected, labels, 1e-3, 20)
+    bias = torch.zeros(20)
+    bias[:2] = 10
+    start = logistic._Weights.zeros(axes, 20)._replace(bias=bias)
+    point = torch.cat([start.weight, bias[None]]) / target.unit
+    before, gradient = target.at(point)
+    assert target.at(point - gradient)[0] > before
+    monkeypatch.setattr(logistic, "MAX_ITERATIONS", 1)
+    after = logistic._minimise(projected, labels, 1e-3, start)
+    assert objective(projected, labels, 1e-3, after.weight, after.bias) < before
+
+
+def test_gradient_is_that_of_the_objective() -> None:
+    features, labels = make(60, 5, 3)
+    target = logistic._Objective(features, labels, 0.1, 3)
+    point = 0.1 * torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    value, gradient = target.at(point)
+    free = point.double().requires_grad_()
+    weights = free * target.unit
+    expected = F.cross_entropy(features.double() @ weights[:-1] + weights[-1], labels)
+    expected = expected + 0.1 / 2 * weights[:-1].square().sum()
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient.double(), free.grad, atol=1e-6, rtol=1e-5)
+
+
 @settings(deadline=None, max_examples=15)
 @given(shift=st.floats(-100, 100), scale=st.floats(0.1, 100), l2=st.sampled_from([1e-1, 1e-3]), dim=st.integers(1, 30))
 def test_logistic_regression_does_not_see_shift_and_scale(shift: float, scale: float, l2: float, dim: int) -> None:
@@ -133,8 +178,8 @@ def test_small_blocks_give_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_solver_says_when_it_did_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logistic, "MAX_BURSTS", 1)
-    with pytest.warns(UserWarning, match="did not converge in 10 iterations"):
+    monkeypatch.setattr(logistic, "MAX_ITERATIONS", 3)
+    with pytest.warns(UserWarning, match="did not converge in 3 iterations"):
         logistic_regression(*make(90, 6, 3), 3, 1e-3)
 
 
@@ -310,13 +355,27 @@ def test_knn_never_holds_more_than_a_block_of_similarities(monkeypatch: pytest.M
         st.tuples(st.integers(1, 5), st.integers(1, 30)),
         elements=st.integers(-2, 2).map(float),
     ),
+    group=st.sampled_from([1, 2, 3, probe.GROUP]),
     data=st.data(),
 )
-def test_of_equally_near_neighbours_the_first_count(similarity: np.ndarray, data: st.DataObject) -> None:
+def test_of_equally_near_neighbours_the_first_count(similarity: np.ndarray, group: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, similarity.shape[1]))
     expected = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-    nearest = probe._nearest(torch.from_numpy(similarity), k).numpy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "GROUP", group)
+        nearest = probe._nearest(torch.from_numpy(similarity), k).numpy()
     assert np.array_equal(np.sort(nearest, axis=1), np.sort(expected, axis=1))
+
+
+@pytest.mark.parametrize("levels", [20, 1000, 1 << 23])  # many equal similarities, some, hardly any
+@pytest.mark.parametrize("n", [300, 1003])  # too few for groups, and groups with columns to spare
+def test_nearest_are_the_first_of_a_full_sort(n: int, levels: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    similarity = torch.randint(levels, (200, n), generator=generator).float() / levels
+    similarity[:100] = similarity[:100].sort(dim=1).values  # the largest side by side, in the last columns
+    expected = similarity.argsort(dim=1, descending=True, stable=True)[:, :20]
+    nearest = probe._nearest(similarity, 20)
+    assert torch.equal(nearest.sort(dim=1).values, expected.sort(dim=1).values)
 
 
 def test_of_classes_with_equal_votes_the_first_wins() -> None:

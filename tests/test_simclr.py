@@ -43,6 +43,27 @@ def test_loss_and_gradient_equal_a_loop(count: int, temperature: float) -> None:
         torch.testing.assert_close(own, their, rtol=1e-4, atol=1e-6)
 
 
+def plain(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """The loss from the whole matrix of similarities."""
+    z = F.normalize(torch.cat([first, second]), dim=1)
+    count = len(z)
+    logits = (z @ z.T / temperature).masked_fill(torch.eye(count, dtype=torch.bool), float("-inf"))
+    return F.cross_entropy(logits, (torch.arange(count) + count // 2) % count)
+
+
+@pytest.mark.parametrize("block", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_blocks_equal_the_whole_matrix(monkeypatch: pytest.MonkeyPatch, block: int, temperature: float) -> None:
+    monkeypatch.setattr("vision_ssl.simclr.BLOCK", block)
+    first, second = projections(37, dim=32)
+    ours, theirs = nt_xent(first, second, temperature), plain(first, second, temperature)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for own, their in zip(
+        torch.autograd.grad(3 * ours, (first, second)), torch.autograd.grad(3 * theirs, (first, second)), strict=True
+    ):
+        torch.testing.assert_close(own, their, rtol=0, atol=1e-6)
+
+
 def test_loss_by_hand() -> None:
     one, other = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).split(1)
     views = torch.cat([one, other])
@@ -162,14 +183,14 @@ def test_blur_has_a_tenth_of_the_image_in_taps(
 ) -> None:
     seen = []
 
-    def record(own: Draws, images: Tensor, *, probability: float, kernel_size: int) -> Tensor:
-        seen.append((probability, kernel_size))
+    def record(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+        seen.append(kernel_size)
         return images
 
-    monkeypatch.setattr("vision_ssl.simclr.random_blur", record)
-    recipe = SimCLR(image_size=image_size, blur=0.7, blur_kernel=given, batch_size=2)
+    monkeypatch.setattr("vision_ssl.simclr.gaussian_blur", record)
+    recipe = SimCLR(image_size=image_size, blur=1.0, blur_kernel=given, batch_size=2)
     recipe.augment(pixels(2), draws(2))
-    assert seen == [(0.7, taps), (0.7, taps)]
+    assert set(seen) == {taps}
 
 
 # Model
@@ -229,14 +250,14 @@ def test_training_pulls_the_views_together() -> None:
     torch.manual_seed(0)
     recipe = SimCLR(image_size=32, batch_size=8)
     model = SimCLRModel(Mean(), hidden=16, dim=8, norm=True, temperature=0.2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     views = recipe.augment(pixels(8) // torch.arange(1, 9, dtype=torch.uint8)[:, None, None, None], draws(8))
     losses = []
-    for _ in range(60):
+    for _ in range(100):
         loss, _ = model(*views)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] > 1.5
-    assert losses[-1] < 1.0
+    assert losses[-1] < 0.9

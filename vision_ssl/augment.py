@@ -5,12 +5,12 @@ seed. The operations follow torchvision's on float tensors; the whole batch take
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision's rgb_to_grayscale
+BLOCK = 1 << 18  # numbers of a CPU's block of images: a megabyte, so that all steps on it stay in its cache
 
 
 class Draws:
@@ -142,96 +142,46 @@ def crop_resize(images: Tensor, boxes: Tensor, flips: Tensor, *, size: int, inte
         float32 (B, C, size, size) in [0, 1].
     """
     top, left, height, width = boxes.unbind(dim=1)
-    batch, channels, h, w = images.shape
+    h, w = images.shape[2:]
     down = resize_weights(top, height, source=h, target=size, interpolation=interpolation)
     across = resize_weights(left, width, source=w, target=size, interpolation=interpolation)
-    across = torch.where(flips[:, None, None], across.flip(1), across).mT
-    lines = images.float().flatten(0, 1) @ across.repeat_interleave(channels, dim=0)
-    views = down.repeat_interleave(channels, dim=0) @ lines
-    return (views / 255).clamp_(0, 1).view(batch, channels, size, size)
+    across = torch.where(flips[:, None, None], across.flip(1), across)
+    return _separable(images.float(), down / 255, across).clamp_(0, 1)
 
 
-def grayscale(images: Tensor) -> Tensor:
-    """Luminance (B, 1, H, W) of RGB images (B, 3, H, W)."""
-    red, green, blue = images.unbind(dim=1)
-    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)[:, None]
+def _separable(images: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """Multiply each image of (B, C, H, W) by its own matrices, (B, S, H) along columns and (B, S, W) along rows."""
+    batch, channels, height, _ = images.shape
+    lines = (images.flatten(1, 2) @ across.mT).view(batch, channels, height, -1)
+    return down[:, None] @ lines
 
 
-def _luminance(images: Tensor) -> Tensor:
-    return grayscale(images) if images.shape[1] == 3 else images.mean(dim=1, keepdim=True)
+def in_blocks(images: Tensor) -> Iterator[Tensor]:
+    """The rows of a batch (B, C, H, W) in the parts that one step after another is best done on."""
+    yield from split_rows(torch.arange(len(images), device=images.device), images)
 
 
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Scale by `factor` (B,), clamped to [0, 1]."""
-    return (images * factor[:, None, None, None]).clamp_(0, 1)
+def split_rows(rows: Tensor, images: Tensor) -> Sequence[Tensor]:
+    """Cut `rows` into blocks that stay in a CPU's cache from step to step; a GPU takes all at once."""
+    if images.device.type != "cpu":
+        return [rows]
+    blocks: Sequence[Tensor] = rows.split(max(1, BLOCK // images[0].numel()))
+    return blocks
 
 
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the image's mean luminance by `factor` (B,), clamped to [0, 1]."""
-    mean = _luminance(images).mean(dim=(1, 2, 3), keepdim=True)
-    return torch.lerp(mean, images, factor[:, None, None, None]).clamp_(0, 1)
+def on_chosen(chosen: Tensor, operation: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:
+    """`operation(images, *parameters)` where `chosen` (B,), and the same images elsewhere.
 
-
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend RGB images with their luminance by `factor` (B,), clamped to [0, 1]."""
-    return torch.lerp(grayscale(images), images, factor[:, None, None, None]).clamp_(0, 1)
-
-
-def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of RGB images by `shift` (B,), a share of the full circle in [-0.5, 0.5]."""
-    red, green, blue = images.unbind(dim=1)
-    value, low = images.amax(dim=1), images.amin(dim=1)
-    chroma = value - low
-    scale = 1 / torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(
-        value == red,
-        (green - blue) * scale,
-        torch.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4),
-    )
-    hue = hue + 6 * shift[:, None, None]  # in sixths of the circle
-
-    def channel(offset: float) -> Tensor:
-        sixth = torch.remainder(hue + offset, 6)
-        return value - chroma * torch.minimum(sixth, 4 - sixth).clamp_(0, 1)
-
-    return torch.stack([channel(5), channel(3), channel(1)], dim=1)
-
-
-def color_jitter(
-    draws: Draws, images: Tensor, strength: tuple[float, float, float, float], *, probability: float = 1.0
-) -> Tensor:
-    """Brightness, contrast, saturation and hue in a random order of its own for each image.
-
-    Images without three channels have neither saturation nor hue: those two leave them alone.
-
-    Args:
-        draws: Source of random numbers.
-        images: float32 (B, C, H, W) in [0, 1].
-        strength: Brightness, contrast and saturation factors lie in [max(0, 1 - s), 1 + s], the hue shift in
-            [-s, s].
-        probability: Share of the images that are jittered at all.
+    A CPU computes the chosen images alone; to find them, a GPU would have to stop and answer, so it computes all.
     """
-    chosen = draws.chance(probability)
-    factors = [draws.uniform(low=max(0.0, 1 - s), high=1 + s) for s in strength[:3]]
-    factors.append(draws.uniform(low=-strength[3], high=strength[3]))
-    order = draws.uniform(4).argsort(dim=1)
-    operations = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
-    if images.shape[1] != 3:
-        operations = operations[:2]
-    images = images.clone()
-    for turn in range(4):
-        for number, operation in enumerate(operations):
-            if strength[number] == 0:
-                continue
-            rows = torch.nonzero(chosen & (order[:, turn] == number))[:, 0]
-            images[rows] = operation(images[rows], factors[number][rows])
-    return images
-
-
-def random_grayscale(draws: Draws, images: Tensor, probability: float) -> Tensor:
-    """Replace RGB images by their luminance in three equal channels, with the given probability."""
-    chosen = draws.chance(probability)[:, None, None, None]
-    return torch.where(chosen, grayscale(images), images) if images.shape[1] == 3 else images
+    if images.device.type != "cpu":
+        return torch.where(chosen[:, None, None, None], operation(images, *parameters), images)
+    rows = chosen.nonzero()[:, 0]
+    if len(rows) == 0:
+        return images
+    if len(rows) == len(images):
+        return operation(images, *parameters)
+    return images.index_copy(0, rows, operation(images[rows], *(numbers[rows] for numbers in parameters)))
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
@@ -242,22 +192,22 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
         sigma: (B,) standard deviations, pixels.
         kernel_size: Odd number of taps.
     """
-    batch, channels = images.shape[:2]
+    down, across = (_blur_weights(sigma, side, kernel_size) for side in images.shape[2:])
+    return _separable(images, down, across)
+
+
+def _blur_weights(sigma: Tensor, side: int, kernel_size: int) -> Tensor:
+    """Matrices (B, side, side) that blur a line of pixels with reflected borders."""
     half = kernel_size // 2
-    taps = torch.arange(-half, half + 1, device=images.device)
+    taps = torch.arange(-half, half + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)[:, None]
-    padded = F.pad(images, (half, half, half, half), mode="reflect")
-    lines = F.conv2d(padded.flatten(0, 1)[None], kernel[:, :, None, :], groups=batch * channels)
-    return F.conv2d(lines, kernel[:, :, :, None], groups=batch * channels).view(images.shape)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)
+    at = (torch.arange(side, device=sigma.device)[:, None] + taps).abs()  # reflected at 0
+    at = side - 1 - (side - 1 - at).abs()  # and at the other end
+    weights = kernel.new_zeros(len(sigma), side, side)
+    return weights.scatter_add_(2, at.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, side, -1))
 
 
-def random_blur(draws: Draws, images: Tensor, *, probability: float, kernel_size: int) -> Tensor:
-    """Blur with the given probability, sigma uniform in [0.1, 2.0] pixels (Chen et al. 2020, appendix A)."""
-    rows = torch.nonzero(draws.chance(probability))[:, 0]
-    sigma = draws.uniform(low=0.1, high=2.0)
-    if len(rows) == 0:
-        return images
-    images = images.clone()
-    images[rows] = gaussian_blur(images[rows], sigma[rows], kernel_size)
-    return images
+def draw_blur(draws: Draws, probability: float) -> tuple[Tensor, Tensor]:
+    """Which images to blur (B,), and sigma (B,) in [0.1, 2.0] pixels (Chen et al. 2020, appendix A)."""
+    return draws.chance(probability), draws.uniform(low=0.1, high=2.0)

@@ -36,6 +36,7 @@ MAX_BAD_FRACTION = 0.05
 
 _UNREADABLE = "unreadable"  # stands for the hash of a file that cannot be opened
 _IN_FLIGHT = 256  # files handed to the threads at a time: bounds what is decoded and not yet written
+_AT_A_TIME = 4  # files a thread takes: with small files, handing over each one would take longer than its work
 _STALE_SECONDS = 24 * 3600  # a temporary directory not written to for a day belongs to a builder that died
 _BAR: dict[str, Any] = {"disable": None, "delay": 3, "unit": " images"}  # only on a terminal, after 3 s
 
@@ -152,9 +153,14 @@ def first_few(texts: Sequence[str], limit: int = 5) -> str:
 
 def _in_threads(function: Callable[[str], Result], items: Sequence[str]) -> Iterator[Result]:
     """Map in order with a thread for each core: Pillow and hashlib release the interpreter's lock."""
+
+    def several(start: int) -> list[Result]:
+        return [function(item) for item in items[start : start + _AT_A_TIME]]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(items), _IN_FLIGHT):
-            yield from pool.map(function, items[start : start + _IN_FLIGHT])
+            for results in pool.map(several, range(start, min(start + _IN_FLIGHT, len(items)), _AT_A_TIME)):
+                yield from results
 
 
 def _sha256(*parts: str) -> str:

@@ -1,14 +1,22 @@
 """Decoding: any image that Pillow opens becomes a square of uint8 pixels, always in the same way."""
 
+import io
+import os
+import re
 import threading
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from .errors import DataError
+
+try:
+    import simplejpeg
+except ImportError:  # an extra: without it, Pillow gives the same pixels later
+    simplejpeg = None
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -19,6 +27,16 @@ DECODER_VERSION = 1
 # stays at what one image needs. Pillow itself refuses images above 178,956,970 pixels.
 LARGE_PIXELS = 1 << 24
 _one_large_image = threading.Lock()
+
+# Pillow and simplejpeg then decode by the same library, and agree to the bit; Pillow may be built with another one.
+_SAME_LIBRARY = bool(features.check_feature("libjpeg_turbo"))
+
+_FIRST_READ = 1 << 16  # bytes: most small pictures whole
+
+# What most JPEG files start with, and any marker but those of a baseline JPEG that needs no further look: colour
+# transforms, EXIF, progressive scans. No coded data hides or feigns a marker, and a table that does costs only time.
+_JFIF = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00"
+_UNUSUAL_MARKER = re.compile(rb"\xff[^\x00\xc0\xc4\xd0-\xd7\xd9-\xdb\xdd\xfe]")
 
 _SIXTEEN_TO_EIGHT_BIT = np.round(np.arange(1 << 16) / 257).astype(np.uint8)
 
@@ -66,6 +84,10 @@ def decode_file(path: Path, size: int) -> Pixels:
         DataError: Why the file gives no image, in a few words without its path.
     """
     try:
+        whole = read_jpeg(path)
+        if whole is not None:
+            square = whole if whole.shape == (size, size, 3) else np.asarray(fit(Image.fromarray(whole), size))
+            return np.array(square.transpose(2, 0, 1), order="C")
         with Image.open(path) as image:
             if image.width * image.height <= LARGE_PIXELS:
                 return decode(image, size)
@@ -76,6 +98,41 @@ def decode_file(path: Path, size: int) -> Pixels:
         raise DataError("not an image that Pillow can read") from error
     except Exception as error:  # Pillow's readers raise nearly every type on damaged files
         raise DataError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+
+
+def read_jpeg(path: Path) -> Pixels | None:
+    """The pixels of an ordinary JPEG file as Pillow gives them, by libjpeg-turbo without Pillow's detours.
+
+    Ordinary is a baseline JPEG, RGB or grayscale, upright, undamaged, and not too large to be read whole.
+
+    Returns:
+        uint8 (H, W, 3); or None where Pillow has to read the file, or simplejpeg is not installed.
+
+    Raises:
+        OSError: The file cannot be read; Pillow raises other types where its header is damaged.
+    """
+    if simplejpeg is None or not _SAME_LIBRARY:
+        return None
+    with path.open("rb", buffering=0) as file:
+        data = file.read(_FIRST_READ)
+        if not data.startswith(b"\xff\xd8\xff"):
+            return None
+        if len(data) == _FIRST_READ:
+            if os.fstat(file.fileno()).st_size > LARGE_PIXELS:
+                return None
+            data += file.read()
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > LARGE_PIXELS or colours not in ("YCbCr", "RGB", "Gray"):
+            return None
+        if not data.startswith(_JFIF) or _UNUSUAL_MARKER.search(data, len(_JFIF)):
+            with Image.open(io.BytesIO(data)) as image:
+                if image.mode not in ("RGB", "L") or "progressive" in image.info or _orientation(image) in _TO_UPRIGHT:
+                    return None
+        pixels: Pixels = simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
+        return pixels
+    except ValueError:  # damaged: Pillow says in which way, or shows what is left of it
+        return None
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:

@@ -175,7 +175,7 @@ class Trainer:
                 f"the nearest valid is {len(pixels) // pieces * pieces}"
             )
         if device.type == "cpu":
-            use_fast_kernels(model)
+            use_fast_kernels(model, bf16=bf16)
         # Convolutions are fastest when channels come last in memory; other layers do not mind.
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.recipe = recipe

@@ -9,7 +9,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .augment import Draws, crop_resize, random_boxes
+from .augment import Draws, crop_resize, in_blocks, random_boxes
 from .data import channel_statistics, normalise
 from .encoders import (
     feature_dim,
@@ -72,10 +72,14 @@ def view_and_noise(recipe: "MAE", images: Tensor, draws: Draws) -> tuple[Tensor,
     height, width = images.shape[-2:]
     boxes = random_boxes(draws, height, width, scale=recipe.crop_scale)
     flips = draws.chance(recipe.flip)
-    view = crop_resize(images, boxes, flips, size=recipe.image_size, interpolation="bicubic")
+    view = torch.empty(*images.shape[:2], recipe.image_size, recipe.image_size, device=images.device)
+    statistics = channel_statistics(recipe.channels)
+    for rows in in_blocks(view):
+        part = crop_resize(images[rows], boxes[rows], flips[rows], size=recipe.image_size, interpolation="bicubic")
+        view[rows] = normalise(part, *statistics)
     units = (recipe.image_size // mask_unit_size(recipe)) ** 2
     noise = draws.shared(units).expand(len(view), -1) if recipe.shared_mask else draws.uniform(units)
-    return normalise(view, *channel_statistics(recipe.channels)), noise
+    return view, noise
 
 
 def mask_unit_size(recipe: "MAE") -> int:

@@ -25,6 +25,8 @@ Protocol = Literal["linear", "knn", "resubstitution"]
 MEMORISING_L2 = 1e-4  # of resubstitution
 
 BLOCK = 1 << 24  # elements of the largest temporary matrix, of similarities: 64 MB
+QUERIES = 128  # rows of it at most: enough for the matrix product, and few enough for the cache
+GROUP = 32  # neighbouring columns of it, whose largest are compared before all
 
 
 def linear(train: Features, val: Features, *, seed: int = 0) -> Report:
@@ -82,9 +84,17 @@ def knn(train: Features, val: Features, *, k: int = 20, temperature: float | Non
         raise RecipeError(f"temperature={temperature}: expected above 0, or None for votes of equal weight")
     labels = _check_pair(train, val)
     index = F.normalize(train.features)
+    rows = min(max(1, BLOCK // len(train)), QUERIES)
+    similarity = index.new_empty(rows, len(train))  # one for all blocks: fresh memory takes as long as the topk
     predictions = [
-        _vote(F.normalize(queries) @ index.T, labels, len(train.classes), k, temperature)
-        for queries in val.features.split(max(1, BLOCK // len(train)))
+        _vote(
+            torch.mm(F.normalize(queries), index.T, out=similarity[: len(queries)]),
+            labels,
+            len(train.classes),
+            k,
+            temperature,
+        )
+        for queries in val.features.split(rows)
     ]
     protocol = f"knn-{k}" if temperature is not None else f"knn-{k}-unweighted"
     settings = {"k": k, "temperature": temperature}
@@ -247,12 +257,30 @@ def _vote(similarity: Tensor, labels: Tensor, n_classes: int, k: int, temperatur
 
 def _nearest(similarity: Tensor, k: int) -> Tensor:
     """Indices (B, k) of the k largest in each row; of equal ones the first, on which `topk` is silent."""
-    largest, nearest = similarity.topk(k, dim=1)
-    last = largest[:, -1:]
-    tied = (similarity >= last).sum(dim=1) > k
+    largest, nearest = _topk(similarity, min(k + 1, similarity.shape[1]))
+    last = largest[:, k - 1 : k]
+    tied = (largest[:, k:] == last).any(dim=1)
+    nearest = nearest[:, :k]
     if tied.any():
         rows, last = similarity[tied], last[tied]
         above, level = rows > last, rows == last
         room = k - above.sum(dim=1, keepdim=True)
         nearest[tied] = (above | level & (level.cumsum(dim=1) <= room)).nonzero()[:, 1].view(-1, k)
     return nearest
+
+
+def _topk(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest (B, k) in each row, in falling order, and their indices; in long rows faster than `topk`.
+
+    The k largest lie in the k groups of columns with the largest maxima, or equals of them do.
+    """
+    n = similarity.shape[1]
+    grouped = n // GROUP * GROUP
+    if grouped // GROUP <= k:
+        return similarity.topk(k, dim=1)
+    groups = similarity[:, :grouped].unflatten(1, (-1, GROUP))
+    best = groups.amax(dim=2).topk(k, dim=1).indices
+    columns = (best[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
+    columns = torch.cat([columns, torch.arange(grouped, n).expand(len(columns), -1)], dim=1)
+    largest, nearest = similarity.gather(1, columns).topk(k, dim=1)
+    return largest, columns.gather(1, nearest)

@@ -1,25 +1,23 @@
 """SimCLR (Chen et al. 2020): two views, a projector, and the NT-Xent loss."""
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from .augment import (
-    Draws,
-    color_jitter,
-    crop_resize,
-    random_blur,
-    random_boxes,
-    random_grayscale,
-)
+from .augment import Draws, crop_resize, draw_blur, gaussian_blur, on_chosen, random_boxes
+from .color import Jitter, color_jitter, random_grayscale
 from .data import channel_statistics, normalise
 from .distributed import gather, rank
 from .encoders import feature_dim
 
 if TYPE_CHECKING:
     from .recipes import SimCLR
+
+BLOCK = 1 << 20  # similarities that are computed at a time: 4 MB
 
 
 def two_views(recipe: "SimCLR", images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -38,13 +36,22 @@ def two_views(recipe: "SimCLR", images: Tensor, draws: Draws) -> tuple[Tensor, T
 
 def _view(recipe: "SimCLR", images: Tensor, draws: Draws) -> Tensor:
     height, width = images.shape[-2:]
+    channels, height, width = images.shape[1:]
     boxes = random_boxes(draws, height, width, scale=recipe.crop_scale)
-    view = crop_resize(images, boxes, draws.chance(recipe.flip), size=recipe.image_size)
-    view = color_jitter(draws, view, recipe.jitter, probability=recipe.jitter_probability)
-    view = random_grayscale(draws, view, recipe.grayscale)
-    kernel_size = recipe.blur_kernel or recipe.image_size // 20 * 2 + 1
-    view = random_blur(draws, view, probability=recipe.blur, kernel_size=kernel_size)
-    return normalise(view, *channel_statistics(recipe.channels))
+    flips = draws.chance(recipe.flip)
+    jitter = Jitter.draw(draws, recipe.jitter, probability=recipe.jitter_probability, channels=channels)
+    gray = draws.chance(recipe.grayscale)
+    blurred, sigma = draw_blur(draws, recipe.blur)
+    blur = partial(gaussian_blur, kernel_size=recipe.blur_kernel or recipe.image_size // 20 * 2 + 1)
+    statistics = channel_statistics(channels)
+    view = torch.empty(len(images), channels, recipe.image_size, recipe.image_size, device=images.device)
+    for rows in jitter.blocks(view):
+        part = crop_resize(images[rows], boxes[rows], flips[rows], size=recipe.image_size)
+        part = color_jitter(part, jitter.rows(rows))
+        part = random_grayscale(part, gray[rows])
+        part = on_chosen(blurred[rows], blur, part, sigma[rows])
+        view[rows] = normalise(part, *statistics)
+    return view
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
@@ -59,15 +66,47 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
         Mean loss, float32, of this process's 2 N views, each against the other 2 N W - 1 of all W processes.
     """
     queries = F.normalize(torch.cat([first, second]).float(), dim=1)
-    count = first.shape[0]
     everything = gather(queries)  # rank-major: 2 N rows of each process
     with torch.autocast(queries.device.type, enabled=False):  # which would multiply in bfloat16
-        logits = queries @ everything.mT / temperature
-    own = torch.arange(2 * count, device=logits.device)
-    offset = rank() * 2 * count
-    logits = logits.scatter(1, (own + offset)[:, None], float("-inf"))
-    partner = (own + count) % (2 * count) + offset
-    return F.cross_entropy(logits, partner)
+        return cast(Tensor, _BlockedNTXent.apply(queries, everything, temperature))
+
+
+class _BlockedNTXent(torch.autograd.Function):
+    """NT-Xent of unit vectors, in blocks of queries: the matrix of all similarities is never in memory.
+
+    The gradient of a block is formed in the forward pass, while its probabilities are at hand: the softmax of the
+    similarities, less one at the partner.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, everything: Tensor, temperature: float) -> Tensor:
+        count, total = len(queries), len(everything)
+        first = rank() * count  # of this process's rows in everything
+        own = torch.arange(count, device=queries.device)
+        partner = (own + count // 2) % count + first
+        loss = queries.new_zeros(())
+        query_grad, other_grad = torch.empty_like(queries), torch.zeros_like(everything)
+        for rows in own.split(max(1, BLOCK // total)):
+            block = queries[rows] / temperature
+            logits = block @ everything.mT
+            positive = logits.gather(1, partner[rows, None])
+            logits.scatter_(1, rows[:, None] + first, float("-inf"))  # nothing is contrasted with itself
+            largest = logits.amax(dim=1, keepdim=True)
+            weight = logits.sub_(largest).exp_()
+            norm = weight.sum(dim=1, keepdim=True)
+            loss += (norm.log() + largest - positive).sum()
+            query_grad[rows] = (weight @ everything).div_(norm)
+            other_grad.addmm_(weight.mT, block / norm)
+        query_grad -= everything[partner]
+        other_grad.index_add_(0, partner, queries, alpha=-1 / temperature)
+        ctx.save_for_backward(query_grad.div_(count * temperature), other_grad.div_(count))
+        return loss / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        query_grad, other_grad = ctx.saved_tensors
+        return grad * query_grad, grad * other_grad, None
 
 
 class SimCLRModel(nn.Module):

@@ -1,0 +1,129 @@
+"""Colours of a batch: jitter, whose order is drawn for each image, and grayscale, as torchvision's on float tensors."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .augment import Draws, on_chosen, split_rows
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_NOTHING = -1  # a turn that changes nothing
+
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision's rgb_to_grayscale
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """Luminance (B, 1, H, W) of RGB images (B, 3, H, W)."""
+    red, green, blue = images.split(1, dim=1)
+    return torch.add(torch.add(LUMA[0] * red, green, alpha=LUMA[1]), blue, alpha=LUMA[2])
+
+
+def blend(images: Tensor, factor: Tensor, operation: Tensor) -> Tensor:
+    """Brightness, contrast or saturation of each image, clamped to [0, 1].
+
+    All three go from a reference to the image, by `factor`, and beyond: from black, from the mean of the luminance,
+    and from the luminance. So one computation serves a batch in which each image has its own operation.
+
+    Args:
+        images: float32 (B, C, H, W) in [0, 1].
+        factor: (B,), at least 0; 1 changes nothing.
+        operation: (B,), `BRIGHTNESS`, `CONTRAST` or `SATURATION`; the last needs three channels.
+    """
+    luminance = grayscale(images) if images.shape[1] == 3 else images.mean(dim=1, keepdim=True)
+    towards = 1 - factor
+    share = towards.where(operation == SATURATION, 0.0)[:, None, None, None]
+    shift = towards.where(operation == CONTRAST, 0.0)[:, None, None, None] * luminance.mean(dim=(2, 3), keepdim=True)
+    return torch.addcmul(torch.addcmul(shift, luminance, share), images, factor[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of RGB images by `shift` (B,), a share of the full circle in [-0.5, 0.5]."""
+    red, green, blue = images.split(1, dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    # The hue, in sixths of the circle and times chroma: 0 is red, 2 is green, 4 is blue.
+    scaled_hue = torch.where(
+        value == red,
+        green - blue,
+        torch.where(value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)),
+    )
+    hue = scaled_hue.div_(chroma.clamp_min(torch.finfo(chroma.dtype).tiny))
+    # A channel falls from `value` to the lowest with the distance on the circle from the opposite of its own hue,
+    # between 2 and 1 sixths of it. With the offset in [-3, 3), the distance is at most one turn from the difference.
+    opposite = torch.tensor([3.0, 5.0, 1.0], device=images.device)
+    offset = torch.remainder(6 * shift[:, None] - opposite + 3, 6) - 3
+    turned = (hue + offset[:, :, None, None]).sub_(3).abs_().sub_(3).abs_()
+    return torch.addcmul(value, chroma, turned.neg_().add_(2).clamp_(0, 1), value=-1)
+
+
+class Jitter(NamedTuple):
+    """What `color_jitter` does to each image.
+
+    Attributes:
+        factors: (B, 4) of brightness, contrast and saturation, and the shift of the hue.
+        order: int64 (B, 4): `BRIGHTNESS`, `CONTRAST`, `SATURATION` or `HUE` in each turn; -1 for nothing.
+    """
+
+    factors: Tensor
+    order: Tensor
+
+    @classmethod
+    def draw(
+        cls, draws: Draws, strength: tuple[float, float, float, float], *, probability: float, channels: int
+    ) -> "Jitter":
+        """Draw factors, and a random order for each image.
+
+        Images without three channels have neither saturation nor hue: those two leave them alone.
+
+        Args:
+            draws: Source of random numbers.
+            strength: Brightness, contrast and saturation factors lie in [max(0, 1 - s), 1 + s], the hue shift in
+                [-s, s].
+            probability: Share of the images that are jittered at all.
+            channels: Of the images.
+        """
+        chosen = draws.chance(probability)
+        factors = [draws.uniform(low=max(0.0, 1 - s), high=1 + s) for s in strength[:3]]
+        factors.append(draws.uniform(low=-strength[3], high=strength[3]))
+        order = draws.uniform(4).argsort(dim=1)
+        for number in range(4):
+            if strength[number] == 0 or (number in (SATURATION, HUE) and channels != 3):
+                order = order.where(order != number, _NOTHING)
+        return cls(torch.stack(factors, dim=1), order.where(chosen[:, None], _NOTHING))
+
+    def rows(self, rows: Tensor) -> "Jitter":
+        """That of the images at `rows`."""
+        return Jitter(self.factors[rows], self.order[rows])
+
+    def blocks(self, images: Tensor) -> Iterator[Tensor]:
+        """The rows of `images` in blocks to work on; on a CPU, those of a block all turn their hue at one time.
+
+        A GPU takes all rows at once, since to know the order it would have to stop and answer.
+        """
+        groups = [torch.arange(len(images), device=images.device)]
+        if images.device.type == "cpu":
+            turns = torch.arange(1, 5)
+            when = torch.where(self.order == HUE, turns, 0).sum(dim=1) - (self.order == _NOTHING).all(dim=1).int()
+            groups = [(when == turn).nonzero()[:, 0] for turn in when.unique()]
+        for rows in groups:
+            yield from split_rows(rows, images)
+
+
+def color_jitter(images: Tensor, jitter: Jitter) -> Tensor:
+    """Brightness, contrast, saturation and hue of float32 images (B, C, H, W) in [0, 1], in each image's own order."""
+    for operation in jitter.order.unbind(dim=1):
+        factor = jitter.factors.gather(1, operation.clamp_min(0)[:, None])[:, 0]
+        images = on_chosen((operation >= 0) & (operation < HUE), blend, images, factor, operation)
+        images = on_chosen(operation == HUE, adjust_hue, images, factor)
+    return images
+
+
+def random_grayscale(images: Tensor, chosen: Tensor) -> Tensor:
+    """Replace RGB images by their luminance in three equal channels where `chosen` (B,); leave others alone."""
+    return on_chosen(chosen, _gray, images) if images.shape[1] == 3 else images
+
+
+def _gray(images: Tensor) -> Tensor:
+    return grayscale(images).expand(-1, 3, -1, -1)
