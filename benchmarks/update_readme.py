@@ -1,17 +1,22 @@
-"""Write the tables of README.md from the cards and from the demo: `python benchmarks/update_readme.py DEMO_FOLDER`.
+"""Write the tables of README.md from cards and measurements: `python benchmarks/update_readme.py [DEMO_FOLDER]`.
 
-Each stands between two comments that name it; everything else in the file stays as it is.
+Each stands between two comments that name it; everything else in the file stays as it is. With the folder that the
+demo wrote, its scores are taken from there.
 """
 
+import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from vision_ssl.registry import WEIGHTS
 
 README = Path(__file__).parents[1] / "README.md"
-DEMO_SCORES = Path(__file__).parent / "results" / "demo.md"
+RESULTS = Path(__file__).parent / "results"
+DEMO_SCORES = RESULTS / "demo.md"
+SPEED_GROUPS = ("augment", "pipeline", "loss", "step", "decode", "probe")
 
 
 def models_table() -> str:
@@ -38,6 +43,52 @@ def demo_scores() -> str:
     return DEMO_SCORES.read_text(encoding="utf-8").strip()
 
 
+def speed_table() -> str:
+    """Our time and each peer's, from the benchmarks of `make bench`."""
+    groups = [speed_results(group) for group in SPEED_GROUPS]
+    lines = ["| work | vision_ssl | peer | its time | ratio |", "|---|--:|---|--:|--:|"]
+    for group in groups:
+        for row in group["rows"]:
+            ours, theirs, ratio = row["ours_seconds"]["median"], row["peer_seconds"]["median"], row["ratio"]
+            lines.append(
+                f"| {row['work']} | {duration(ours)} | {row['peer']} | {duration(theirs)} "
+                f"| {ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f}) |"
+            )
+    for row in speed_results("startup")["rows"][2:]:  # after those of torch and timm themselves
+        ours, ratio = row["seconds"]["median"], row["ratio"]
+        torch = duration(ours - row["seconds_more"]["median"])
+        shown = f"{1 / ratio['median']:.2g} ({1 / ratio['max']:.2g} to {1 / ratio['min']:.2g})"
+        lines.append(f"| `{row['work']}` in a new process | {duration(ours)} | `import torch` | {torch} | {shown} |")
+    machines = sorted({f"{group['machine']}, torch {group['torch']}, commit {group['commit']}" for group in groups})
+    return "\n".join([*lines, "", f"Measured on: {'; '.join(machines)}."])
+
+
+def scale_table() -> str:
+    """Time and peak memory against the number of images."""
+    rows = speed_results("scale")["rows"]
+    sizes = sorted({row["images"] for row in rows})
+    lines = [
+        "| stage | " + " | ".join(f"{size:,} images" for size in sizes) + " |",
+        "|---|" + "--:|" * len(sizes),
+    ]
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        own = {row["images"]: row for row in rows if row["stage"] == stage}
+        cells = [f"{duration(own[size]['seconds'])}, {own[size]['peak_mb'] / 1e3:.1f} GB" for size in sizes]
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def speed_results(group: str) -> dict[str, Any]:
+    """What `benchmarks/bench_<group>.py` wrote."""
+    results: dict[str, Any] = json.loads((RESULTS / "speed" / f"{group}.json").read_text(encoding="utf-8"))
+    return results
+
+
+def duration(seconds: float) -> str:
+    """Three digits, in seconds or milliseconds."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
 def with_block(text: str, name: str, block: str) -> str:
     """The text with what stands between `<!-- name -->` and `<!-- /name -->` replaced."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -46,12 +97,16 @@ def with_block(text: str, name: str, block: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}\n{block}\n\n{match[2]}", text)
 
 
-def main(demo: Path) -> None:
-    """Renew both tables."""
-    text = with_block(README.read_text(encoding="utf-8"), "models", models_table())
-    shutil.copyfile(demo / "scores.md", DEMO_SCORES)
-    README.write_text(with_block(text, "demo", demo_scores()), encoding="utf-8")
+def main(demo: Path | None) -> None:
+    """Renew the tables."""
+    text = README.read_text(encoding="utf-8")
+    if demo is not None:
+        shutil.copyfile(demo / "scores.md", DEMO_SCORES)
+    blocks = {"models": models_table(), "demo": demo_scores(), "speed": speed_table(), "scale": scale_table()}
+    for name, block in blocks.items():
+        text = with_block(text, name, block)
+    README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -145,6 +145,18 @@ def test_views_of_a_batch_do_not_depend_on_how_it_is_divided() -> None:
             torch.testing.assert_close(own, all_rows[rows], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_views_of_a_whole_batch_as_on_a_gpu_equal_those_of_blocks(
+    monkeypatch: pytest.MonkeyPatch, channels: int
+) -> None:
+    images = pixels(60, channels)
+    blocks = STRONG.augment(images, draws(60))
+    for module in ("augment", "color"):
+        monkeypatch.setattr(f"vision_ssl.{module}.whole_batch", lambda images: True)
+    for whole, own in zip(STRONG.augment(images, draws(60)), blocks, strict=True):
+        torch.testing.assert_close(whole, own, rtol=1e-4, atol=1e-5)
+
+
 def test_views_follow_from_the_seed() -> None:
     images = pixels(4)
     for view, again, other in zip(*(STRONG.augment(images, draws(4, seed)) for seed in (1, 1, 2)), strict=True):

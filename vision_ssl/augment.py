@@ -161,20 +161,25 @@ def in_blocks(images: Tensor) -> Iterator[Tensor]:
     yield from split_rows(torch.arange(len(images), device=images.device), images)
 
 
+def whole_batch(images: Tensor) -> bool:
+    """Whether an operation takes the batch whole: to choose rows of it, a GPU would have to stop and answer.
+
+    A CPU works on blocks of rows, and on nothing but the rows that change.
+    """
+    return images.device.type != "cpu"
+
+
 def split_rows(rows: Tensor, images: Tensor) -> Sequence[Tensor]:
-    """Cut `rows` into blocks that stay in a CPU's cache from step to step; a GPU takes all at once."""
-    if images.device.type != "cpu":
+    """Cut `rows` into blocks that stay in a CPU's cache from step to step; see `whole_batch`."""
+    if whole_batch(images):
         return [rows]
     blocks: Sequence[Tensor] = rows.split(max(1, BLOCK // images[0].numel()))
     return blocks
 
 
 def on_chosen(chosen: Tensor, operation: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:
-    """`operation(images, *parameters)` where `chosen` (B,), and the same images elsewhere.
-
-    A CPU computes the chosen images alone; to find them, a GPU would have to stop and answer, so it computes all.
-    """
-    if images.device.type != "cpu":
+    """`operation(images, *parameters)` where `chosen` (B,), and the same images elsewhere; see `whole_batch`."""
+    if whole_batch(images):
         return torch.where(chosen[:, None, None, None], operation(images, *parameters), images)
     rows = chosen.nonzero()[:, 0]
     if len(rows) == 0:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .augment import Draws, on_chosen, split_rows
+from .augment import Draws, on_chosen, split_rows, whole_batch
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _NOTHING = -1  # a turn that changes nothing
@@ -98,12 +98,9 @@ class Jitter(NamedTuple):
         return Jitter(self.factors[rows], self.order[rows])
 
     def blocks(self, images: Tensor) -> Iterator[Tensor]:
-        """The rows of `images` in blocks to work on; on a CPU, those of a block all turn their hue at one time.
-
-        A GPU takes all rows at once, since to know the order it would have to stop and answer.
-        """
+        """The rows of `images` in blocks to work on; in a block of a CPU, all images turn their hue at one time."""
         groups = [torch.arange(len(images), device=images.device)]
-        if images.device.type == "cpu":
+        if not whole_batch(images):
             turns = torch.arange(1, 5)
             when = torch.where(self.order == HUE, turns, 0).sum(dim=1) - (self.order == _NOTHING).all(dim=1).int()
             groups = [(when == turn).nonzero()[:, 0] for turn in when.unique()]
@@ -116,7 +113,8 @@ def color_jitter(images: Tensor, jitter: Jitter) -> Tensor:
     for operation in jitter.order.unbind(dim=1):
         factor = jitter.factors.gather(1, operation.clamp_min(0)[:, None])[:, 0]
         images = on_chosen((operation >= 0) & (operation < HUE), blend, images, factor, operation)
-        images = on_chosen(operation == HUE, adjust_hue, images, factor)
+        if images.shape[1] == 3:
+            images = on_chosen(operation == HUE, adjust_hue, images, factor)
     return images
 
 
