@@ -154,16 +154,19 @@ def extract(
         raise DataError(
             f"source {images.name}: images have {channels} channels, the encoder takes {len(preprocess.mean)}"
         )
-    batches = []
+    features, done = torch.empty(0), 0
     with _evaluating(encoder, device) as where, tqdm(total=len(images), **_bar(images)) as bar:
         for pixels in images.pixels.split(batch_size):
             with torch.inference_mode():
                 output = encoder(preprocess.normalise(pixels.to(where)))
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(pixels):
                 raise DataError(f"encoder: returned {_describe(output)}, expected pooled features ({len(pixels)}, D)")
-            batches.append(output.float().cpu())
+            if done == 0:  # whole from the start: batches kept one by one would leave holes in the memory
+                features = torch.empty(len(images), output.shape[1])
+            features[done : done + len(pixels)] = output
+            done += len(pixels)
             bar.update(len(pixels))
-    return _features(torch.cat(batches), images, _name(encoder))
+    return _features(features, images, _name(encoder))
 
 
 def pixel_features(
