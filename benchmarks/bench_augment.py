@@ -1,6 +1,6 @@
 """SimCLR's two views of decoded images on one thread, against lightly's SimCLRTransform with the same strengths.
 
-python -m benchmarks.bench_augment
+Run it by `python -m benchmarks.bench_augment`.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """NT-Xent forward and backward against lightly's, and the memory that one call adds at its peak.
 
-python -m benchmarks.bench_loss
+Run it by `python -m benchmarks.bench_loss`.
 """
 
 import resource

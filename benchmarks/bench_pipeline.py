@@ -3,8 +3,7 @@
     python -m benchmarks.bench_pipeline
 
 Ours reads the cache that the first epoch made and augments in two threads; the peer has two worker processes, which
-stay from epoch to epoch. The files are crops of the packaged
-photographs, JPEG of 64 px as in Tiny ImageNet.
+stay from epoch to epoch. The files are crops of the packaged photographs, JPEG of 64 px as in Tiny ImageNet.
 """
 
 import tempfile

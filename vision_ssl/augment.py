@@ -5,7 +5,7 @@ seed. The operations follow torchvision's on float tensors; the whole batch take
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -156,11 +156,6 @@ def _separable(images: Tensor, down: Tensor, across: Tensor) -> Tensor:
     return down[:, None] @ lines
 
 
-def in_blocks(images: Tensor) -> Iterator[Tensor]:
-    """The rows of a batch (B, C, H, W) in the parts that one step after another is best done on."""
-    yield from split_rows(torch.arange(len(images), device=images.device), images)
-
-
 def whole_batch(images: Tensor) -> bool:
     """Whether an operation takes the batch whole: to choose rows of it, a GPU would have to stop and answer.
 
@@ -169,12 +164,16 @@ def whole_batch(images: Tensor) -> bool:
     return images.device.type != "cpu"
 
 
-def split_rows(rows: Tensor, images: Tensor) -> Sequence[Tensor]:
-    """Cut `rows` into blocks that stay in a CPU's cache from step to step; see `whole_batch`."""
-    if whole_batch(images):
-        return [rows]
-    blocks: Sequence[Tensor] = rows.split(max(1, BLOCK // images[0].numel()))
-    return blocks
+def block_rows(images: Tensor) -> int:
+    """How many images (B, C, H, W) to work on at a time: on a CPU, those that stay in its cache from step to step."""
+    return len(images) if whole_batch(images) else max(1, BLOCK // images[0].numel())
+
+
+def in_blocks(images: Tensor) -> Iterator[slice]:
+    """The rows of a batch (B, C, H, W) in parts of `block_rows`."""
+    step = block_rows(images)
+    for start in range(0, len(images), step):
+        yield slice(start, start + step)
 
 
 def on_chosen(chosen: Tensor, operation: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:

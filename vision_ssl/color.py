@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .augment import Draws, on_chosen, split_rows, whole_batch
+from .augment import Draws, block_rows, on_chosen, whole_batch
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _NOTHING = -1  # a turn that changes nothing
@@ -50,12 +50,12 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
         torch.where(value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)),
     )
     hue = scaled_hue.div_(chroma.clamp_min(torch.finfo(chroma.dtype).tiny))
-    # A channel falls from `value` to the lowest with the distance on the circle from the opposite of its own hue,
-    # between 2 and 1 sixths of it. With the offset in [-3, 3), the distance is at most one turn from the difference.
-    opposite = torch.tensor([3.0, 5.0, 1.0], device=images.device)
-    offset = torch.remainder(6 * shift[:, None] - opposite + 3, 6) - 3
-    turned = (hue + offset[:, :, None, None]).sub_(3).abs_().sub_(3).abs_()
-    return torch.addcmul(value, chroma, turned.neg_().add_(2).clamp_(0, 1), value=-1)
+    # Channel c has its own hue at 2 c: far from it, it is lowest, and within 1 to 2 sixths of the opposite it rises.
+    # `away` is the distance from the opposite on the circle; the hue lies in [-1, 5], the offset in [-6, 0).
+    own = 2 * torch.arange(3, device=images.device)
+    offset = torch.remainder(6 * shift[:, None] - own, 6) - 6
+    away = (hue + offset[:, :, None, None]).abs_().sub_(3).abs_()
+    return torch.addcmul(value, chroma, away.neg_().add_(2).clamp_(0, 1), value=-1)
 
 
 class Jitter(NamedTuple):
@@ -93,19 +93,19 @@ class Jitter(NamedTuple):
                 order = order.where(order != number, _NOTHING)
         return cls(torch.stack(factors, dim=1), order.where(chosen[:, None], _NOTHING))
 
-    def rows(self, rows: Tensor) -> "Jitter":
+    def rows(self, rows: Tensor | slice) -> "Jitter":
         """That of the images at `rows`."""
         return Jitter(self.factors[rows], self.order[rows])
 
-    def blocks(self, images: Tensor) -> Iterator[Tensor]:
+    def blocks(self, images: Tensor) -> Iterator[Tensor | slice]:
         """The rows of `images` in blocks to work on; in a block of a CPU, all images turn their hue at one time."""
-        groups = [torch.arange(len(images), device=images.device)]
-        if not whole_batch(images):
-            turns = torch.arange(1, 5)
-            when = torch.where(self.order == HUE, turns, 0).sum(dim=1) - (self.order == _NOTHING).all(dim=1).int()
-            groups = [(when == turn).nonzero()[:, 0] for turn in when.unique()]
-        for rows in groups:
-            yield from split_rows(rows, images)
+        if whole_batch(images):
+            yield slice(None)
+            return
+        turns = torch.arange(1, 5)
+        when = torch.where(self.order == HUE, turns, 0).sum(dim=1) - (self.order == _NOTHING).all(dim=1).int()
+        for turn in when.unique():
+            yield from (when == turn).nonzero()[:, 0].split(block_rows(images))
 
 
 def color_jitter(images: Tensor, jitter: Jitter) -> Tensor:

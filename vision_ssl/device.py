@@ -35,7 +35,7 @@ def native_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 natively, so that it is faster than float32 there.
 
     Of CPUs, those with matrix units (AMX) do: AVX-512 alone has bfloat16 instructions too, but a training step with
-    them takes 1.3 to 2 times as long as in float32.
+    them takes 1.3 to 1.7 times as long as in float32.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

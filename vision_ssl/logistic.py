@@ -1,7 +1,7 @@
 """Multinomial logistic regression, solved to convergence: the classifier of the linear probe."""
 
+import math
 import warnings
-from collections import deque
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,9 @@ HELD_OUT = 0.2  # of the training images, to choose from the grid
 SELECTION_IMAGES = 20_000  # at most, for the choice; the final fit has them all
 PATIENCE = 2  # values of the grid in a row that may be worse than the best before the rest is left out
 
-MAX_ITERATIONS = 2000
-TOLERANCE = 1e-6  # of the objective: what the solver expects to gain yet, when it has converged
-HISTORY = 20  # steps that the solver remembers
-HALVINGS = 20  # of a step, after which rounding is all that is left of the gain
-LEAST_LOG = -60.0  # of a probability in the gradient: products with denormal numbers would be slow
+BURST = 10  # iterations of the solver between two looks at its progress
+MAX_BURSTS = 200
+TOLERANCE = 1e-5  # relative gain of a burst below which the solver has converged
 
 BLOCK = 1 << 22  # elements of the largest temporary matrix: 16 MB
 
@@ -144,13 +142,12 @@ class _Axes(NamedTuple):
     def of(cls, features: Tensor) -> "_Axes":
         std, mean = torch.std_mean(features, dim=0, correction=0)
         constant = std <= 1e-6 * mean.abs()  # what rounding leaves of a constant must not be blown up
-        basis = scale = torch.where(constant, 0.0, 1 / std)[:, None]
-        standard = (features - mean).mul_(scale.T)
+        scale = torch.where(constant, 0.0, 1 / std)
+        basis = torch.diag(scale)
         if len(features) < len(mean):  # n images span no more than n dimensions
-            span = torch.linalg.qr(standard.T).Q
-            standard, basis = standard @ span, scale * span
-            return cls(mean, basis @ torch.linalg.eigh(standard.T @ standard).eigenvectors)
-        return cls(mean, basis * torch.linalg.eigh(standard.T @ standard).eigenvectors)
+            basis = scale[:, None] * torch.linalg.qr(((features - mean) * scale).T).Q
+        standard = cls(mean, basis).project(features)
+        return cls(mean, basis @ torch.linalg.eigh(standard.T @ standard).eigenvectors)
 
     def project(self, features: Tensor) -> Tensor:
         projected = features.new_empty(len(features), self.rotation.shape[1])
@@ -170,83 +167,33 @@ class _Weights(NamedTuple):
 
 
 def _minimise(features: Tensor, labels: Tensor, l2: float, start: _Weights) -> _Weights:
-    """Minimise mean cross-entropy + l2 / 2 * ||weight||^2 by L-BFGS, from `start`, on features from `_Axes`.
+    """Minimise mean cross-entropy + l2 / 2 * ||weight||^2 by L-BFGS, from `start`, on features from `_Axes`."""
+    n_classes = len(start.bias)
+    rows = max(1, BLOCK // n_classes)
+    # While no class is favoured, the curvature along an axis is about this: in these units it is about 1.
+    unit = (features.square().mean(dim=0) / n_classes + l2).rsqrt()[:, None]
+    scaled, bias = start.weight / unit, start.bias.clone()
 
-    A step is halved until it gains a part of what its slope promises. Half of what the slope of the next whole step
-    promises is an estimate of all that can still be gained: it decides when to stop.
-    """
-    objective = _Objective(features, labels, l2, len(start.bias))
-    point = torch.cat([start.weight, start.bias[None]]) / objective.unit
-    steps: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=HISTORY)
-    loss, grad = objective.at(point)
-    for _ in range(MAX_ITERATIONS):
-        direction = _direction(grad, steps)
-        slope = _dot(grad, direction)
-        if -slope / 2 <= TOLERANCE * loss:
-            break
-        for halving in range(HALVINGS):
-            move = direction * 0.5**halving
-            next_loss, next_grad = objective.at(point + move)
-            if next_loss <= loss + 1e-4 * 0.5**halving * slope:
-                break
-        else:
-            break
-        change = next_grad - grad
-        if (curvature := _dot(move, change)) > 0:  # it always is, but for rounding
-            steps.append((move, change, curvature))
-        point, loss, grad = point + move, next_loss, next_grad
-    else:
-        warnings.warn(f"the linear probe did not converge in {MAX_ITERATIONS:,} iterations", stacklevel=2)
-    weights = point * objective.unit
-    return _Weights(weights[:-1], weights[-1])
-
-
-class _Objective:
-    """What the classifier minimises, in units in which its curvature is about 1 while no class is favoured.
-
-    A point (r + 1, K) is the weight with the bias below it, divided by `unit` (r + 1, 1).
-    """
-
-    def __init__(self, features: Tensor, labels: Tensor, l2: float, n_classes: int) -> None:
-        self.features, self.targets, self.l2 = features, labels[:, None], l2
-        self.rows = max(1, BLOCK // n_classes)
-        of_weight = features.square().mean(dim=0) / n_classes + l2
-        self.unit = torch.cat([of_weight, of_weight.new_tensor([1 / n_classes])]).rsqrt()[:, None]
-
-    def at(self, point: Tensor) -> tuple[float, Tensor]:
-        """Value and gradient (r + 1, K) at a point."""
-        weights = point * self.unit
-        weight, bias = weights[:-1], weights[-1]
-        loss = 0.5 * self.l2 * weight.double().square().sum()
-        grad = torch.cat([self.l2 * weight, torch.zeros_like(bias)[None]])
-        scale = 1 / len(self.features)
-        for block, target in zip(self.features.split(self.rows), self.targets.split(self.rows), strict=True):
+    def objective() -> Tensor:
+        weight = scaled * unit
+        loss = 0.5 * l2 * weight.double().square().sum()
+        weight_grad, bias_grad = l2 * weight, torch.zeros_like(bias)
+        for block, target in zip(features.split(rows), labels[:, None].split(rows), strict=True):
             log_p = torch.addmm(bias, block, weight).log_softmax(dim=1)
-            loss -= log_p.gather(1, target).double().sum() * scale
-            log_p.clamp_(min=LEAST_LOG)
+            loss -= log_p.gather(1, target).double().sum() / len(features)
             error = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
-            grad[:-1].addmm_(block.T, error, alpha=scale)
-            grad[-1] += error.sum(dim=0) * scale
-        return float(loss), grad * self.unit
+            weight_grad.addmm_(block.T, error, alpha=1 / len(features))
+            bias_grad += error.sum(dim=0) / len(features)
+        scaled.grad, bias.grad = weight_grad * unit, bias_grad
+        return loss
 
-
-def _direction(grad: Tensor, steps: deque[tuple[Tensor, Tensor, float]]) -> Tensor:
-    """The quasi-Newton step from the last moves, the change of the gradient along each, and their product.
-
-    It is the two-loop recursion of Nocedal & Wright, "Numerical Optimization", algorithm 7.4.
-    """
-    direction = -grad
-    shares = []
-    for move, change, curvature in reversed(steps):
-        shares.append(_dot(move, direction) / curvature)
-        direction -= shares[-1] * change
-    if steps:
-        _, change, curvature = steps[-1]
-        direction *= curvature / _dot(change, change)
-    for (move, change, curvature), share in zip(steps, reversed(shares), strict=True):
-        direction += (share - _dot(change, direction) / curvature) * move
-    return direction
-
-
-def _dot(one: Tensor, other: Tensor) -> float:
-    return float(one.flatten() @ other.flatten())
+    solver = torch.optim.LBFGS([scaled, bias], max_iter=BURST, line_search_fn="strong_wolfe")
+    before = math.inf
+    for _ in range(MAX_BURSTS):
+        loss = float(solver.step(objective))  # what it was before this burst
+        if before - loss <= TOLERANCE * loss:
+            break
+        before = loss
+    else:
+        warnings.warn(f"the linear probe did not converge in {BURST * MAX_BURSTS:,} iterations", stacklevel=2)
+    return _Weights(scaled * unit, bias)

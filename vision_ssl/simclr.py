@@ -35,7 +35,6 @@ def two_views(recipe: "SimCLR", images: Tensor, draws: Draws) -> tuple[Tensor, T
 
 
 def _view(recipe: "SimCLR", images: Tensor, draws: Draws) -> Tensor:
-    height, width = images.shape[-2:]
     channels, height, width = images.shape[1:]
     boxes = random_boxes(draws, height, width, scale=recipe.crop_scale)
     flips = draws.chance(recipe.flip)
