@@ -17,7 +17,7 @@ check: .venv/dev.stamp
 	.venv/bin/mypy
 
 bench: .venv/bench.stamp
-	for group in augment pipeline loss step probe decode startup scale; do \
+	for group in augment photographs pipeline loss step extract probe decode startup scale; do \
 		.venv/bin/python -m benchmarks.bench_$$group || exit; \
 	done
 	.venv/bin/python benchmarks/update_readme.py

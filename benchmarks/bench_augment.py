@@ -3,6 +3,8 @@
 Run it by `python -m benchmarks.bench_augment`.
 """
 
+from dataclasses import replace
+
 import torch
 from lightly.transforms.simclr_transform import SimCLRTransform
 from torchvision.transforms.functional import (  # type: ignore[import-untyped]  # it ships no types
@@ -43,9 +45,9 @@ def images(size: int) -> torch.Tensor:
     return torch.stack(cuts)
 
 
-def comparison(size: int, least: float) -> Comparison:
+def comparison(size: int, least: float, *, fast: bool) -> Comparison:
     """A row for one image size; each contender ends with two float32 batches."""
-    pixels, settings, transform = images(size), recipe(size), SimCLRTransform(input_size=size)
+    pixels, settings, transform = images(size), replace(recipe(size), fast_views=fast), SimCLRTransform(input_size=size)
     pictures = [to_pil_image(image) for image in pixels]
     whole = slice(0, BATCH)
 
@@ -57,7 +59,7 @@ def comparison(size: int, least: float) -> Comparison:
         return torch.stack([first for first, _ in views]), torch.stack([second for _, second in views])
 
     return Comparison(
-        f"two SimCLR views of {BATCH} decoded {size} px images, exact, 1 thread, eager",
+        f"two SimCLR views of {BATCH} decoded {size} px images, {'fast' if fast else 'exact'}, 1 thread, eager",
         ours,
         {"lightly": theirs},
         {"lightly": least},
@@ -66,4 +68,5 @@ def comparison(size: int, least: float) -> Comparison:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    record("augment", [comparison(64, 2.5), comparison(32, 7.0)])
+    rows = [(64, 2.5, False), (32, 7.0, False), (64, 7.0, True), (32, 18.0, True)]
+    record("augment", [comparison(size, least, fast=fast) for size, least, fast in rows])

@@ -22,6 +22,7 @@ from vision_ssl import MAE, SimCLR
 from vision_ssl.cpu import use_fast_kernels
 from vision_ssl.device import native_bf16
 from vision_ssl.mae import mask_unit_size
+from vision_ssl.optim import build_optimizer
 
 BATCH = 64
 CPU = torch.device("cpu")
@@ -75,9 +76,8 @@ class LightlyMAE(nn.Module):
         return nn.functional.mse_loss(prediction.float(), target)
 
 
-def step(model: nn.Module, loss: Callable[[], Tensor], *, bf16: bool) -> Work:
-    """Forward, backward and an update of AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], *, bf16: bool) -> Work:
+    """Forward, backward and an update."""
 
     def work() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -95,6 +95,7 @@ def comparison(work: str, recipe: SimCLR | MAE, views: tuple[Tensor, ...], least
     bf16 = native_bf16(CPU)
     use_fast_kernels(ours, bf16=bf16)
     ours.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer("adamw", ours, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.999))
 
     def peer(*, bf16: bool) -> Work:
         if isinstance(recipe, SimCLR):
@@ -103,11 +104,11 @@ def comparison(work: str, recipe: SimCLR | MAE, views: tuple[Tensor, ...], least
         else:
             model, inputs = LightlyMAE(recipe), views[:1]
         model.to(memory_format=torch.channels_last)
-        return step(model, lambda: model(*inputs), bf16=bf16)
+        return step(model, torch.optim.AdamW(model.parameters(), lr=1e-4), lambda: model(*inputs), bf16=bf16)
 
     return Comparison(
         f"{work}, batch {BATCH}, ours in {'bf16' if bf16 else 'fp32'}, {torch.get_num_threads()} threads",
-        step(ours, lambda: ours(*views)[0], bf16=bf16),
+        step(ours, optimizer, lambda: ours(*views)[0], bf16=bf16),
         {"lightly, bf16": peer(bf16=True), "lightly, fp32": peer(bf16=False)},
         dict(zip(("lightly, bf16", "lightly, fp32"), least, strict=True)),
     )

@@ -24,7 +24,7 @@ probe
 features
 plots
 report
-simclr mae
+simclr mae views
 engine
 hub
 registry

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vision_ssl import storage
 from vision_ssl.augment import Draws
-from vision_ssl.device import native_bf16, pick_device
+from vision_ssl.device import constant, fastest_convolutions, native_bf16, pick_device
 from vision_ssl.engine import Metrics, Trainer
 from vision_ssl.errors import CheckpointError, RecipeError, TrainingError
 from vision_ssl.optim import schedule_factor
@@ -505,3 +505,49 @@ def test_bf16_on_a_cpu_needs_matrix_units(monkeypatch: pytest.MonkeyPatch, matri
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
     assert native_bf16(CPU) == matrix_units
+
+
+def test_a_constant_is_sent_to_its_device_once_and_takes_part_in_training() -> None:
+    with torch.inference_mode():
+        first = constant((0.1, 0.2), CPU)
+    assert constant((0.1, 0.2), CPU) is first
+    assert first.tolist() == pytest.approx([0.1, 0.2])
+    weight = torch.ones(2, requires_grad=True)
+    (weight * first).sum().backward()
+    assert torch.equal(cast(Tensor, weight.grad), first)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_convolutions_are_tuned_while_training_unless_they_must_be_deterministic(
+    monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    for deterministic in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+        with fastest_convolutions():
+            assert torch.backends.cudnn.benchmark is not deterministic
+        assert torch.backends.cudnn.benchmark is before
+
+
+@pytest.mark.parametrize(
+    ("compile", "device", "steps", "compiled"),
+    [
+        ("on", "cpu", 8, True),
+        ("off", "cuda", 8000, False),
+        ("auto", "cpu", 8000, False),
+        ("auto", "cuda", 8, False),
+        ("auto", "cuda", 8000, True),
+    ],
+)
+def test_what_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: str, device: str, steps: int, compiled: bool
+) -> None:
+    seen: list[nn.Module] = []
+    monkeypatch.setattr("vision_ssl.engine.compile_network", seen.append)
+    monkeypatch.setattr("vision_ssl.engine.brought_near", lambda pixels, device: pixels)
+    monkeypatch.setattr(nn.Module, "to", lambda self, *args, **kwargs: self)  # there may be no GPU here
+    recipe, model = Tiny(epochs=steps // 4), TinyModel(True)
+    options: dict[str, Any] = {"device": torch.device(device), "bf16": False, "seed": 0, "facts": {}}
+    trainer = Trainer(model, recipe, PIXELS, tmp_path, compile=compile, **options)
+    assert trainer.progress.steps == steps
+    assert seen == ([model] if compiled else [])

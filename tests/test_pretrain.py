@@ -149,7 +149,7 @@ def test_a_run_describes_itself(finished: Run) -> None:
     assert finished.settings == {
         "recipe": recipe,
         "source": "Tensor",
-        "options": {"init": None, "precision": "fp32", "seed": 0, "parts": None, "cache_size": None},
+        "options": {"init": None, "precision": "fp32", "compile": "auto", "seed": 0, "parts": None, "cache_size": None},
     }
     card = finished.encoder.card
     assert (card["method"], card["recipe"]) == ("mae", recipe)

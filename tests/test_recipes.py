@@ -234,7 +234,7 @@ BAD: list[tuple[type[Recipe], dict[str, Any], str]] = [
     (MAE, {"mask_unit": "pixels"}, r"mask_unit='pixels' is unknown: expected one of patch, pixel"),
     (MAE, {"loss_on": "kept"}, r"loss_on='kept' is unknown: expected one of masked, all"),
     (MAE, {"mask_ration": 0.5}, r"MAE has no field mask_ration: did you mean mask_ratio\?"),
-    (SimCLR, {"qqq": 1}, r"SimCLR has no field qqq: expected one of encoder, image_size, .*blur_kernel"),
+    (SimCLR, {"qqq": 1}, r"SimCLR has no field qqq: expected one of encoder, image_size, .*fast_views"),
 ]
 
 

@@ -5,7 +5,7 @@ seed. The operations follow torchvision's on float tensors; the whole batch take
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -88,11 +88,11 @@ def random_boxes(
 
 
 def _triangle(x: Tensor) -> Tensor:
-    return (1 - x.abs()).clamp_min(0)
+    return x.abs_().neg_().add_(1).clamp_min_(0)
 
 
 def _cubic(x: Tensor) -> Tensor:
-    x = x.abs()
+    x = x.abs_()
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
@@ -101,7 +101,9 @@ def _cubic(x: Tensor) -> Tensor:
 _FILTERS = {"bilinear": _triangle, "bicubic": _cubic}
 
 
-def resize_weights(start: Tensor, length: Tensor, *, source: int, target: int, interpolation: str) -> Tensor:
+def resize_weights(
+    start: Tensor, length: Tensor, mirrored: Tensor, *, source: int, target: int, interpolation: str
+) -> Tensor:
     """Matrices that cut [start, start + length) out of a line of pixels and resize it, with antialiasing.
 
     Pixel centres lie at half-integers; when shrinking, the filter widens by the scale, as Pillow's and
@@ -110,6 +112,7 @@ def resize_weights(start: Tensor, length: Tensor, *, source: int, target: int, i
     Args:
         start: (B,) first pixel of the crop.
         length: (B,) pixels in the crop.
+        mirrored: Boolean (B,): from the crop's end to its start.
         source: Pixels in the line.
         target: Pixels after resizing.
         interpolation: `bilinear` or `bicubic`.
@@ -117,15 +120,16 @@ def resize_weights(start: Tensor, length: Tensor, *, source: int, target: int, i
     Returns:
         float32 (B, target, source); each row sums to 1.
     """
-    kernel = _FILTERS[interpolation]
-    device = start.device
-    scale = (length / target)[:, None, None]
+    start, length, mirrored = start[:, None], length[:, None], mirrored[:, None]
+    scale = length / target
     stretch = scale.clamp_min(1.0)
-    centre = (torch.arange(target, device=device) + 0.5)[None, :, None] * scale
-    position = torch.arange(source, device=device)[None, None, :] - start[:, None, None]
-    inside = (position >= 0) & (position < length[:, None, None])
-    weights = kernel((position + 0.5 - centre) / stretch) * inside
-    return weights / weights.sum(dim=2, keepdim=True)
+    centre = (torch.arange(target, device=start.device) + 0.5) * scale
+    centre = torch.where(mirrored, length - centre, centre)
+    position = torch.arange(source, device=start.device) + 0.5 - start
+    # Infinitely far from every centre: no kernel reaches what is outside the crop.
+    position = position.where((position > 0) & (position < length), float("inf"))
+    weights = _FILTERS[interpolation]((position / stretch)[:, None] - (centre / stretch)[:, :, None])
+    return weights.mul_(1 / weights.sum(dim=2, keepdim=True))
 
 
 def crop_resize(images: Tensor, boxes: Tensor, flips: Tensor, *, size: int, interpolation: str = "bilinear") -> Tensor:
@@ -141,19 +145,29 @@ def crop_resize(images: Tensor, boxes: Tensor, flips: Tensor, *, size: int, inte
     Returns:
         float32 (B, C, size, size) in [0, 1].
     """
+    down, across = crop_weights(boxes, flips, images.shape[2:], size=size, interpolation=interpolation)
+    return separable(images.float(), down, across).clamp_(0, 1)
+
+
+def crop_weights(
+    boxes: Tensor, flips: Tensor, shape: Sequence[int], *, size: int, interpolation: str = "bilinear"
+) -> tuple[Tensor, Tensor]:
+    """Matrices (B, size, H) along the columns and (B, size, W) along the rows of images with 255 for white."""
     top, left, height, width = boxes.unbind(dim=1)
-    h, w = images.shape[2:]
-    down = resize_weights(top, height, source=h, target=size, interpolation=interpolation)
-    across = resize_weights(left, width, source=w, target=size, interpolation=interpolation)
-    across = torch.where(flips[:, None, None], across.flip(1), across)
-    return _separable(images.float(), down / 255, across).clamp_(0, 1)
+    down = resize_weights(
+        top, height, torch.zeros_like(flips), source=shape[0], target=size, interpolation=interpolation
+    )
+    across = resize_weights(left, width, flips, source=shape[1], target=size, interpolation=interpolation)
+    return down.div_(255), across
 
 
-def _separable(images: Tensor, down: Tensor, across: Tensor) -> Tensor:
+def separable(images: Tensor, down: Tensor, across: Tensor) -> Tensor:
     """Multiply each image of (B, C, H, W) by its own matrices, (B, S, H) along columns and (B, S, W) along rows."""
-    batch, channels, height, _ = images.shape
-    lines = (images.flatten(1, 2) @ across.mT).view(batch, channels, height, -1)
-    return down[:, None] @ lines
+    planes = images.new_empty(images.shape[1], *down.shape[:2], across.shape[1])
+    for channel, plane in zip(images.unbind(dim=1), planes, strict=True):
+        # A product for all channels at once would first copy the matrices, once for each of them.
+        torch.bmm(down, channel @ across.mT, out=plane)
+    return planes.transpose(0, 1)
 
 
 def whole_batch(images: Tensor) -> bool:
@@ -177,9 +191,13 @@ def in_blocks(images: Tensor) -> Iterator[slice]:
 
 
 def on_chosen(chosen: Tensor, operation: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:
-    """`operation(images, *parameters)` where `chosen` (B,), and the same images elsewhere; see `whole_batch`."""
+    """`operation(images, *parameters)` where `chosen` (B,), and the same images elsewhere; see `whole_batch`.
+
+    Images or other tensors (B, ...): what counts is the first dimension.
+    """
     if whole_batch(images):
-        return torch.where(chosen[:, None, None, None], operation(images, *parameters), images)
+        every = chosen.view(-1, *[1] * (images.ndim - 1))
+        return torch.where(every, operation(images, *parameters), images)
     rows = chosen.nonzero()[:, 0]
     if len(rows) == 0:
         return images
@@ -196,11 +214,11 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
         sigma: (B,) standard deviations, pixels.
         kernel_size: Odd number of taps.
     """
-    down, across = (_blur_weights(sigma, side, kernel_size) for side in images.shape[2:])
-    return _separable(images, down, across)
+    down, across = (blur_weights(sigma, side, kernel_size) for side in images.shape[2:])
+    return separable(images, down, across)
 
 
-def _blur_weights(sigma: Tensor, side: int, kernel_size: int) -> Tensor:
+def blur_weights(sigma: Tensor, side: int, kernel_size: int) -> Tensor:
     """Matrices (B, side, side) that blur a line of pixels with reflected borders."""
     half = kernel_size // 2
     taps = torch.arange(-half, half + 1, device=sigma.device)

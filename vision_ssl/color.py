@@ -1,5 +1,9 @@
-"""Colours of a batch: jitter, whose order is drawn for each image, and grayscale, as torchvision's on float tensors."""
+"""Colours of a batch: jitter, whose order is drawn for each image, and grayscale, as torchvision's on float tensors.
 
+`ColorMap` does both as one affine map of each image's colours: less exact, and in a fraction of the time.
+"""
+
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -7,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .augment import Draws, block_rows, on_chosen, whole_batch
+from .device import constant
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _NOTHING = -1  # a turn that changes nothing
@@ -125,3 +130,56 @@ def random_grayscale(images: Tensor, chosen: Tensor) -> Tensor:
 
 def _gray(images: Tensor) -> Tensor:
     return grayscale(images).expand(-1, 3, -1, -1)
+
+
+class ColorMap(NamedTuple):
+    """An affine map of the colours of each image: `matrix @ colour + of_mean @ mean colour of the image`.
+
+    Attributes:
+        matrix: (B, C, C).
+        of_mean: (B, C, C); contrast departs from the mean.
+    """
+
+    matrix: Tensor
+    of_mean: Tensor
+
+    @classmethod
+    def of(cls, jitter: Jitter, gray: Tensor, channels: int) -> "ColorMap":
+        """Jitter, then grayscale where `gray` (B,), as they are but for two liberties.
+
+        Values are not clamped between the steps, and the hue turns around the grey axis of the RGB cube, along
+        which HSV looks at it.
+
+        Args:
+            jitter: What to do to each image.
+            gray: Which images lose their colour in the end.
+            channels: Of the images.
+        """
+        device = gray.device
+        identity = torch.eye(channels, device=device)
+        luminance = constant(LUMA if channels == 3 else (1 / channels,) * channels, device).expand(channels, -1)
+        matrix, of_mean = identity.expand(len(gray), -1, -1), identity.new_zeros(len(gray), channels, channels)
+        for operation in jitter.order.unbind(dim=1):
+            factor = jitter.factors.gather(1, operation.clamp_min(0)[:, None])[:, :, None]
+            kind, towards = operation[:, None, None], 1 - factor
+            step = factor * identity + towards.where(kind == SATURATION, 0.0) * luminance
+            if channels == 3:
+                step = torch.where(kind == HUE, _turn(2 * math.pi * factor), step)
+            step = step.where(kind != _NOTHING, identity)
+            shift = towards.where(kind == CONTRAST, 0.0) * luminance @ (matrix + of_mean)
+            matrix, of_mean = step @ matrix, step @ of_mean + shift
+        if channels == 3:
+            last = luminance.where(gray[:, None, None], identity)
+            matrix, of_mean = last @ matrix, last @ of_mean
+        return cls(matrix, of_mean)
+
+    def rows(self, rows: slice) -> "ColorMap":
+        """That of the images at `rows`."""
+        return ColorMap(self.matrix[rows], self.of_mean[rows])
+
+
+def _turn(angle: Tensor) -> Tensor:
+    """Rotations (B, 3, 3) by `angle` (B, 1, 1) around (1, 1, 1), from red to green to blue (Rodrigues' formula)."""
+    identity = torch.eye(3, device=angle.device)
+    across = identity.roll(1, dims=0) - identity.roll(-1, dims=0)  # the cross product with (1, 1, 1)
+    return angle.cos() * identity + (1 - angle.cos()) / 3 + angle.sin() / math.sqrt(3) * across

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from . import cache
 from .arrays import channels_first, dataset_images
 from .decode import Pixels, decode, fit_planes
+from .device import constant
 from .errors import DataError
 from .folders import Listing, Split, list_folder
 from .named import NAMES, LabelledArray, open_named, photographs
@@ -111,10 +112,9 @@ class Preprocess:
         return normalise(pixels.float() / 255, self.mean, self.std)
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Subtract `mean` and divide by `std`, one of each a channel, from images (B, C, H, W) in [0, 1]."""
-    shift = torch.tensor(mean, device=images.device)[:, None, None]
-    scale = torch.tensor(std, device=images.device)[:, None, None]
+    shift, scale = (constant(numbers, images.device)[:, None, None] for numbers in (mean, std))
     return (images - shift) / scale
 
 

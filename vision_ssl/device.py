@@ -1,7 +1,10 @@
 """Devices: which one to use, what it can do, and what fits into its memory."""
 
+import functools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -53,6 +56,17 @@ def brought_near(pixels: Tensor, device: torch.device) -> Tensor:
     return pixels
 
 
+@contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Let cuDNN try its kernels once for each size of convolution, unless determinism was asked for."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, not cudnn.deterministic
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Most memory in use so far, bytes: the GPU's on CUDA, otherwise the process's where the system tells."""
     if device.type == "cuda":
@@ -62,3 +76,10 @@ def peak_memory(device: torch.device) -> int | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@functools.cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A float32 vector on the device, sent there once: each transfer from the host would wait for the device."""
+    with torch.inference_mode(mode=False):  # what is made under it could not take part in training
+        return torch.tensor(values, dtype=torch.float32, device=device)

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from .augment import Draws
 from .checkpoint import load_checkpoint, save_checkpoint
 from .cpu import use_fast_kernels
-from .device import brought_near, peak_memory
+from .device import brought_near, fastest_convolutions, peak_memory
 from .distributed import any_rank, gather, rank, world_size
+from .encoders import compile_network
 from .errors import CheckpointError, RecipeError, TrainingError
 from .optim import build_optimizer, schedule_factor
 from .storage import save_text
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .recipes import Recipe
 
 FLUSH_STEPS = 20  # reading a loss waits for the device: metrics stay there for this many steps
+COMPILE_STEPS = 2000  # of a run that is worth the minute
 
 
 @dataclass
@@ -147,6 +149,7 @@ class Trainer:
         device: Where to train.
         bf16: Compute in bfloat16 where autocast thinks it safe.
         seed: Seed of the order of the images and of the views.
+        compile: `on`, `off`, or `auto`; see `RunOptions`.
         facts: Plain data that goes into every checkpoint.
     """
 
@@ -161,6 +164,7 @@ class Trainer:
         bf16: bool,
         seed: int,
         facts: dict[str, Any],
+        compile: str = "off",
     ) -> None:
         pieces = world_size() * recipe.accumulate
         self.micro_size, rest = divmod(recipe.batch_size, pieces)
@@ -197,6 +201,9 @@ class Trainer:
             if device.type == "cuda":
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             self._parallel = DistributedDataParallel(self.model)
+        worth_it = device.type == "cuda" and self.progress.steps >= COMPILE_STEPS
+        if compile == "on" or (compile == "auto" and worth_it):
+            compile_network(self.model)
 
     def resume(self) -> None:
         """Go on from the last checkpoint.
@@ -243,7 +250,8 @@ class Trainer:
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             shuffle = torch.Generator().manual_seed(_mix(self.seed, epoch, 1))
-            self._order = epoch, torch.randperm(len(self.pixels), generator=shuffle)
+            order = torch.randperm(len(self.pixels), generator=shuffle)
+            self._order = epoch, order.to(self.pixels.device)  # once an epoch: the transfer waits for the device
         size = self.recipe.batch_size
         start = (rank() * self.recipe.accumulate + micro) * self.micro_size
         mine = slice(start, start + self.micro_size)
@@ -251,7 +259,7 @@ class Trainer:
 
     def _loss(self, model: nn.Module, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         indices, rows = self._rows(step, micro)
-        images = self.pixels.index_select(0, indices.to(self.pixels.device)).to(self.device)
+        images = self.pixels.index_select(0, indices).to(self.device)
         draws = Draws(_mix(self.seed, step, 2), rows=rows, total=self.recipe.batch_size, device=self.device)
         views = self.recipe.augment(images, draws)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -331,7 +339,7 @@ class Trainer:
         began = last_save = last_step = time.perf_counter()
         self.model.train()
         bar = tqdm(total=progress.steps, initial=progress.step, unit="step", disable=rank() > 0 or None)
-        with stop_signals() as stop, bar:
+        with stop_signals() as stop, fastest_convolutions(), bar:
             while not progress.finished:
                 lr, tensors = self._step()
                 progress.step += 1

@@ -51,21 +51,25 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad.add(parameter, alpha=group["weight_decay"])
-                if group["adapt"]:
-                    norm, update_norm = parameter.norm(), update.norm()
-                    # A weight or gradient of zero has no direction to trust: it takes the plain step.
-                    trusted = (norm > 0) & (update_norm > 0)
-                    ratio = group["trust_coefficient"] * norm / update_norm.clamp_min(1e-30)
-                    update.mul_(torch.where(trusted, ratio, 1.0))
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                parameter.sub_(momentum * group["lr"])
+            # One call for all parameters: on a GPU, to start a kernel for each takes longer than to run it.
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            if not parameters:
+                continue
+            updates = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+            if group["adapt"]:
+                norms, update_norms = (torch.stack(torch._foreach_norm(of)) for of in (parameters, updates))
+                # A weight or gradient of zero has no direction to trust: it takes the plain step.
+                trusted = (norms > 0) & (update_norms > 0)
+                ratios = group["trust_coefficient"] * norms / update_norms.clamp_min(1e-30)
+                torch._foreach_mul_(updates, torch.where(trusted, ratios, 1.0).unbind())
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, updates)
+            torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
         return loss
 
 
@@ -101,11 +105,11 @@ def build_optimizer(
     for group in groups:
         del group["adapt"]
     if name == "adamw":
-        return AdamW(groups, lr=lr, betas=betas)
+        return AdamW(groups, lr=lr, betas=betas, fused=True)
     if name == "adam":
-        return Adam(groups, lr=lr, betas=betas)
+        return Adam(groups, lr=lr, betas=betas, fused=True)
     if name == "sgd":
-        return SGD(groups, lr=lr, momentum=0.9)
+        return SGD(groups, lr=lr, momentum=0.9, fused=True)
     raise RecipeError(f"optimizer={name!r} is unknown: expected lars, adamw, adam or sgd")
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .recipes import Recipe
 
 
-LASTING = ("init", "precision", "seed", "parts", "cache_size")
+LASTING = ("init", "precision", "compile", "seed", "parts", "cache_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class RunOptions:
         init: Weights to start from: a name, a folder or a file, as for `load`.
         device: `auto` (the first GPU, otherwise the CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
         precision: `auto` (bf16 where the device computes it natively), `bf16` or `fp32`.
+        compile: Whether `torch.compile` makes the network faster, at the cost of a minute at the start: `on`, `off`, or
+            `auto` (on a GPU, for runs of 2,000 steps or more).
         time_limit: Minutes after which the run saves its state and stops.
         seed: Seed of the weights, the order of the images, and the views.
         parts: Parts of a source to train on, such as `train.X1` of an ImageNet-100 tree or `unlabeled` of stl10.
@@ -41,6 +43,7 @@ class RunOptions:
     init: str | None = None
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
     time_limit: float | None = None
     seed: int = 0
     parts: tuple[str, ...] | None = None

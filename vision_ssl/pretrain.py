@@ -117,8 +117,10 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
             device=device,
             bf16=native_bf16(device) if options.precision == "auto" else options.precision == "bf16",
             seed=options.seed,
+            compile=options.compile,
             facts={"images": images.digest},
         )
+        commit = commit_of_package()  # now: the files may change while it trains
         if options.resume:
             trainer.resume()
         cost = trainer.estimate()  # in every process: the loss may need them all
@@ -137,7 +139,7 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
             save_minutes=options.save_minutes,
         )
         if rank() == 0:
-            card = _card(recipe, images, trainer, options)
+            card = _card(recipe, images, trainer, options, commit)
             hub.save(run.directory / WEIGHTS_FOLDER, encoder, spec, card=card, head=cast(nn.Module, model.head))
             if not trainer.progress.finished:
                 _say(f"stopped at step {trainer.progress.step:,} of {trainer.progress.steps:,}; to go on:")
@@ -224,7 +226,9 @@ def _knn_monitor(images: ImageSet, options: "RunOptions") -> Callable[[nn.Module
     return monitor
 
 
-def _card(recipe: "Recipe", images: ImageSet, trainer: Trainer, options: "RunOptions") -> dict[str, Any]:
+def _card(
+    recipe: "Recipe", images: ImageSet, trainer: Trainer, options: "RunOptions", commit: str | None
+) -> dict[str, Any]:
     progress = trainer.progress
     return {
         "method": recipe.method,
@@ -240,7 +244,7 @@ def _card(recipe: "Recipe", images: ImageSet, trainer: Trainer, options: "RunOpt
             "seed": options.seed,
             "init": options.init,
             "vision_ssl": __version__,
-            "commit": commit_of_package(),
+            "commit": commit,
             "torch": torch.__version__,
         },
     }

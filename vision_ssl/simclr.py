@@ -1,6 +1,5 @@
-"""SimCLR (Chen et al. 2020): two views, a projector, and the NT-Xent loss."""
+"""SimCLR (Chen et al. 2020): a projector, and the NT-Xent loss between two views."""
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -8,49 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .augment import Draws, crop_resize, draw_blur, gaussian_blur, on_chosen, random_boxes
-from .color import Jitter, color_jitter, random_grayscale
-from .data import channel_statistics, normalise
 from .distributed import gather, rank
 from .encoders import feature_dim
 
 if TYPE_CHECKING:
     from .recipes import SimCLR
 
-BLOCK = 1 << 20  # similarities that are computed at a time: 4 MB
-
-
-def two_views(recipe: "SimCLR", images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Two independent views of each image (Chen et al. 2020, appendix A).
-
-    Args:
-        recipe: The strengths of the augmentations.
-        images: uint8 (B, C, H, W).
-        draws: Source of random numbers.
-
-    Returns:
-        Two normalised float32 batches (B, C, S, S).
-    """
-    return _view(recipe, images, draws), _view(recipe, images, draws)
-
-
-def _view(recipe: "SimCLR", images: Tensor, draws: Draws) -> Tensor:
-    channels, height, width = images.shape[1:]
-    boxes = random_boxes(draws, height, width, scale=recipe.crop_scale)
-    flips = draws.chance(recipe.flip)
-    jitter = Jitter.draw(draws, recipe.jitter, probability=recipe.jitter_probability, channels=channels)
-    gray = draws.chance(recipe.grayscale)
-    blurred, sigma = draw_blur(draws, recipe.blur)
-    blur = partial(gaussian_blur, kernel_size=recipe.blur_kernel or recipe.image_size // 20 * 2 + 1)
-    statistics = channel_statistics(channels)
-    view = torch.empty(len(images), channels, recipe.image_size, recipe.image_size, device=images.device)
-    for rows in jitter.blocks(view):
-        part = crop_resize(images[rows], boxes[rows], flips[rows], size=recipe.image_size)
-        part = color_jitter(part, jitter.rows(rows))
-        part = random_grayscale(part, gray[rows])
-        part = on_chosen(blurred[rows], blur, part, sigma[rows])
-        view[rows] = normalise(part, *statistics)
-    return view
+# Similarities that are computed at a time. A CPU's stay in its cache (4 MB); a GPU wants few, large products (256 MB).
+CPU_BLOCK, GPU_BLOCK = 1 << 20, 1 << 26
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
@@ -85,9 +49,10 @@ class _BlockedNTXent(torch.autograd.Function):
         partner = (own + count // 2) % count + first
         loss = queries.new_zeros(())
         query_grad, other_grad = torch.empty_like(queries), torch.zeros_like(everything)
-        for rows in own.split(max(1, BLOCK // total)):
-            block = queries[rows] / temperature
-            logits = block @ everything.mT
+        block = CPU_BLOCK if queries.device.type == "cpu" else GPU_BLOCK
+        for rows in own.split(max(1, block // total)):
+            scaled = queries[rows] / temperature
+            logits = scaled @ everything.mT
             positive = logits.gather(1, partner[rows, None])
             logits.scatter_(1, rows[:, None] + first, float("-inf"))  # nothing is contrasted with itself
             largest = logits.amax(dim=1, keepdim=True)
@@ -95,7 +60,7 @@ class _BlockedNTXent(torch.autograd.Function):
             norm = weight.sum(dim=1, keepdim=True)
             loss += (norm.log() + largest - positive).sum()
             query_grad[rows] = (weight @ everything).div_(norm)
-            other_grad.addmm_(weight.mT, block / norm)
+            other_grad.addmm_(weight.mT, scaled / norm)
         query_grad -= everything[partner]
         other_grad.index_add_(0, partner, queries, alpha=-1 / temperature)
         ctx.save_for_backward(query_grad.div_(count * temperature), other_grad.div_(count))
