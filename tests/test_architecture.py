@@ -21,6 +21,7 @@ restore
 recipes
 pretrain
 probe
+linear_sgd
 features
 plots
 report

@@ -135,6 +135,10 @@ def test_probe(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Capture
     assert report["accuracy"] == 100  # dark and bright
     assert "linear" in printed
     assert "100.0" in printed
+    for protocol in ("linear-sgd", "linear-sgd-study-b"):
+        cli.main(["probe", str(run), *data, "--protocol", protocol, "--seed", "5"])
+        assert capsys.readouterr().out.startswith(f"{protocol}: 100.0 %")
+    assert "classes=3: expected 1 to 2" in refused(capsys, "probe", run, *data, "--classes", "3")
 
 
 def test_resubstitution_comes_with_a_warning(run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +157,11 @@ def test_knn(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads((tmp_path / "report.json").read_text())["protocol"] == "knn-3"
     assert "knn-3" in capsys.readouterr().out
     assert "k=20: expected 1 to 16" in refused(capsys, "knn", run, *data)
+    cli.main(["knn", str(run), *data, "--k", "5", "--unweighted", "--metric", "euclidean"])
+    assert capsys.readouterr().out.startswith("knn-5-unweighted-euclidean: ")
+    cli.main(["knn", str(run), *data, "--k", "5", "--unweighted"])
+    assert capsys.readouterr().out.startswith("knn-5-unweighted: ")
+    assert "classes=3: expected 1 to 2" in refused(capsys, "knn", run, *data, "--classes", "3")
 
 
 def test_reconstruct(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

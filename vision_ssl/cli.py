@@ -87,7 +87,8 @@ def probe_command(
     *,
     train: str,
     val: str,
-    protocol: Literal["linear", "resubstitution"] = "linear",
+    protocol: Literal["linear", "linear-sgd", "linear-sgd-study-b", "resubstitution"] = "linear",
+    classes: int | None = None,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     device: str = "auto",
     seed: int = 0,
@@ -98,17 +99,20 @@ def probe_command(
         name: A model, the directory of a run, or a folder of weights.
         train: Labelled images to fit on; of a source with several splits, its training split.
         val: Labelled images to score on; of a source with several splits, its validation split.
-        protocol: `linear` (held out), or `resubstitution`, which scores on the images it was fitted on.
+        protocol: `linear` (logistic regression), `linear-sgd`, `linear-sgd-study-b` (the settings of study B), or
+            `resubstitution`, which scores on the images it was fitted on.
+        classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
         out: Also write the report there, as JSON.
         device: `auto`, `cpu`, `cuda`, ...
-        seed: Of the split that chooses the regularisation.
+        seed: Of the split that chooses a setting, and of SGD.
     """
     from .device import pick_device
     from .hub import load
     from .probe import evaluate
 
     encoder, where = load(name), pick_device(device)
-    _show(evaluate(encoder, train=train, val=val, protocol=protocol, device=where, seed=seed), out)
+    options: dict[str, Any] = {"protocol": protocol, "classes": classes, "device": where, "seed": seed}
+    _show(evaluate(encoder, train=train, val=val, **options), out)
 
 
 def knn_command(
@@ -118,6 +122,9 @@ def knn_command(
     train: str,
     val: str,
     k: int = 20,
+    unweighted: bool = False,
+    metric: Literal["cosine", "euclidean"] = "cosine",
+    classes: int | None = None,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     device: str = "auto",
 ) -> None:
@@ -128,6 +135,9 @@ def knn_command(
         train: Labelled images to find neighbours among.
         val: Labelled images to score on.
         k: Neighbours that vote.
+        unweighted: Count their votes alike; by default nearer ones weigh more.
+        metric: By which they are near; `euclidean` needs unweighted votes.
+        classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
         out: Also write the report there, as JSON.
         device: `auto`, `cpu`, `cuda`, ...
     """
@@ -136,7 +146,10 @@ def knn_command(
     from .probe import evaluate
 
     encoder, where = load(name), pick_device(device)
-    _show(evaluate(encoder, train=train, val=val, protocol="knn", k=k, device=where), out)
+    options: dict[str, Any] = {"protocol": "knn", "k": k, "metric": metric, "classes": classes, "device": where}
+    if unweighted:
+        options["temperature"] = None
+    _show(evaluate(encoder, train=train, val=val, **options), out)
 
 
 def _show(report: "Report", out: Path | None) -> None:

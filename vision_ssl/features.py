@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import ImageSet, Preprocess, Source, Split, open_images
+from .data import ImageSet, Preprocess, Source, Split, first_classes, open_images
 from .errors import DataError
 from .storage import load_tensors, save_tensors
 
@@ -75,6 +75,15 @@ class Features:
             paths=tuple(self.paths[i] for i in index.tolist()),
             digest=hashlib.sha256(self.digest.encode() + index.numpy().tobytes()).hexdigest(),
         )
+
+    def first_classes(self, count: int) -> "Features":
+        """Return those of the first `count` classes by name, which are numbered anew.
+
+        Raises:
+            DataError: There are no labels, or fewer than `count` classes.
+        """
+        index, labels, classes = first_classes(self.labels, self.classes, count)
+        return replace(self.select(index), labels=labels, classes=classes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: `features`, `labels` if there are any, and the rest as JSON in its header.
