@@ -17,7 +17,7 @@ LEVELS = """
 __main__
 cli
 demo
-restore
+curve restore
 recipes
 pretrain
 probe

@@ -16,9 +16,11 @@ from PIL import Image
 from vision_ssl import cli, registry
 from vision_ssl.data import open_images
 from vision_ssl.features import Features
+from vision_ssl.hub import load
 from vision_ssl.options import RunOptions
 from vision_ssl.presets import PRESETS
 from vision_ssl.pretrain import Run
+from vision_ssl.probe import evaluate
 from vision_ssl.recipes import MAE, METHODS, Recipe, SimCLR
 from vision_ssl.registry import Weights
 from vision_ssl.storage import load_tensors
@@ -139,6 +141,43 @@ def test_probe(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Capture
         cli.main(["probe", str(run), *data, "--protocol", protocol, "--seed", "5"])
         assert capsys.readouterr().out.startswith(f"{protocol}: 100.0 %")
     assert "classes=3: expected 1 to 2" in refused(capsys, "probe", run, *data, "--classes", "3")
+
+
+def test_probe_of_every_checkpoint(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TRAIN_TINY_MAE.split(), str(pictures), "--out", str(tmp_path / "run"), "--keep-epochs", "1"]
+    cli.main([*words, "--epochs", "2"])
+    data = ["--train", str(pictures), "--val", str(pictures), "--every-checkpoint", "--seed", "3"]
+    capsys.readouterr()
+    cli.main(["probe", str(tmp_path / "run"), *data])
+    table, picture = map(Path, capsys.readouterr().out.splitlines())
+    assert (table, picture) == (tmp_path / "run" / "probe_curve.csv", tmp_path / "run" / "probe_curve.png")
+    names, *rows = (line.split(",") for line in table.read_text().splitlines())
+    assert names == ["epoch", "loss", "accuracy", "val_accuracy"]
+    kept = Run(tmp_path / "run").kept
+    assert [int(row[0]) for row in rows] == list(kept) == [1, 2]
+    sources: dict[str, Any] = {"train": pictures, "val": pictures}
+    for row, folder in zip(rows, kept.values(), strict=True):
+        report = evaluate(load(folder), **sources, seed=3)
+        expected = (report.train_loss, report.train_accuracy, report.accuracy)
+        assert [float(value) for value in row[1:]] == pytest.approx(expected, rel=1e-5)
+    assert rows[0][1] != rows[1][1]
+    with Image.open(picture) as image:
+        assert min(image.size) > 300
+    cli.main(
+        [
+            "probe",
+            str(tmp_path / "run"),
+            *data,
+            "-o",
+            str(tmp_path / "new" / "c.csv"),
+            "--protocol",
+            "linear-sgd-study-b",
+        ]
+    )
+    assert (tmp_path / "new" / "c.png").is_file()
+    assert (tmp_path / "new" / "c.csv").read_text() != table.read_text()
+    line = refused(capsys, "probe", tmp_path / "run", *data, "--protocol", "resubstitution")
+    assert "protocol='resubstitution' is not drawn as a curve" in line
 
 
 def test_resubstitution_comes_with_a_warning(run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,7 +301,8 @@ def test_every_field_is_an_option(asked: list[tuple[Recipe, Any, RunOptions]]) -
     words = (
         "train simclr photos --encoder resnet34 --stem 3x3-nopool --crop-scale 0.1 0.9 --jitter 0.1 0.2 0.3 0.4 "
         "--clip-grad 1.5 --no-projector-norm --warmup-epochs 2 --blur-kernel 5 --out here --init there --parts a b "
-        "--time-limit 1.5 --seed 3 --no-resume --precision bf16 --knn-epochs 0 --cache-dir c --cache-size 72"
+        "--time-limit 1.5 --seed 3 --no-resume --precision bf16 --knn-epochs 0 --keep-epochs 4 "
+        "--cache-dir c --cache-size 72"
     )
     cli.main(words.split())
     recipe = SimCLR(
@@ -284,6 +324,7 @@ def test_every_field_is_an_option(asked: list[tuple[Recipe, Any, RunOptions]]) -
         seed=3,
         precision="bf16",
         knn_epochs=0,
+        keep_epochs=4,
         cache_dir="c",
         cache_size=72,
     )
@@ -347,6 +388,8 @@ def test_commands_that_cannot_be_understood(
         ("extract RUN PICTURES -o x --device tpu", "device='tpu' cannot be used here"),
         ("extract RUN PICTURES -o RUN/run.json/x", "cannot write .*run.json/x"),
         ("probe RUN --train PICTURES/train/dark --val PICTURES", "looked for labels"),
+        ("probe RUN --train PICTURES --val PICTURES --every-checkpoint", "kept no encoder: expected epochs/0005 and"),
+        ("probe simclr_resnet18 --train a --val b --every-checkpoint", "run='simclr_resnet18' kept no encoder"),
         ("train mae PICTURES --preset best", "preset='best' is unknown to mae: expected one of small-64, small-32, st"),
         ("train mae PICTURES --preset study-b --out x", "preset='study-b' is unknown to mae"),
         ("train mae PICTURES --mask-ratio 1.5 --out x", "mask_ratio=1.5 is out of range"),

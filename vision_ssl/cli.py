@@ -89,6 +89,7 @@ def probe_command(
     val: str,
     protocol: Literal["linear", "linear-sgd", "linear-sgd-study-b", "resubstitution"] = "linear",
     classes: int | None = None,
+    every_checkpoint: bool = False,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     device: str = "auto",
     seed: int = 0,
@@ -102,17 +103,23 @@ def probe_command(
         protocol: `linear` (logistic regression), `linear-sgd`, `linear-sgd-study-b` (the settings of study B), or
             `resubstitution`, which scores on the images it was fitted on.
         classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
-        out: Also write the report there, as JSON.
+        every_checkpoint: Measure each encoder that the run NAME kept (`train --keep-epochs`), into `probe_curve.csv`.
+        out: Also write the report there, as JSON; of every checkpoint, the table and its picture.
         device: `auto`, `cpu`, `cuda`, ...
         seed: Of the split that chooses a setting, and of SGD.
     """
     from .device import pick_device
-    from .hub import load
-    from .probe import evaluate
 
-    encoder, where = load(name), pick_device(device)
-    options: dict[str, Any] = {"protocol": protocol, "classes": classes, "device": where, "seed": seed}
-    _show(evaluate(encoder, train=train, val=val, **options), out)
+    options: dict[str, Any] = {"protocol": protocol, "classes": classes, "device": pick_device(device), "seed": seed}
+    if every_checkpoint:
+        from .curve import probe_curve
+
+        print(*probe_curve(name, train=train, val=val, out=out, **options), sep="\n")
+    else:
+        from .hub import load
+        from .probe import evaluate
+
+        _show(evaluate(load(name), train=train, val=val, **options), out)
 
 
 def knn_command(

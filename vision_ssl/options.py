@@ -34,6 +34,8 @@ class RunOptions:
         save_minutes: Minutes between checkpoints.
         knn_epochs: Epochs between kNN accuracies, where labels exist, on a split of the training images (the encoder
             trains on all of them); 0 for never.
+        keep_epochs: Epochs between encoders that are kept as weights in `epochs/0005` and so on, and after the last
+            epoch; 0 for none.
     """
 
     out: str | None = None
@@ -48,11 +50,12 @@ class RunOptions:
     cache_size: int | None = None
     save_minutes: float = 10.0
     knn_epochs: int = 5
+    keep_epochs: int = 0
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_counts(self, "cache_size")
-        check_numbers(self, "time_limit", "save_minutes", "knn_epochs")
+        check_numbers(self, "time_limit", "save_minutes", "knn_epochs", "keep_epochs")
 
     def directory(self, recipe: "Recipe") -> Path:
         """Where a run of this recipe goes."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .options import RunOptions
     from .recipes import Recipe
 
-RUN_FILE, WEIGHTS_FOLDER = "run.json", "weights"
+RUN_FILE, WEIGHTS_FOLDER, EPOCHS_FOLDER = "run.json", "weights", "epochs"
 KNN_IMAGES = 10_000  # of the training images, for the accuracy that is logged between epochs
 
 
@@ -68,6 +68,12 @@ class Run:
     def encoder(self) -> hub.Encoder:
         """The encoder as it was last exported, in eval mode."""
         return hub.load(self.directory / WEIGHTS_FOLDER)
+
+    @property
+    def kept(self) -> dict[int, Path]:
+        """Folders of the encoders that were kept, as `load` takes them, by epoch."""
+        configs = sorted(self.directory.glob(f"{EPOCHS_FOLDER}/[0-9]*/{hub.CONFIG_FILE}"))
+        return {int(config.parent.name): config.parent for config in configs}
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -130,9 +136,16 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
             _announce(recipe, images, trainer, run, *cost)
         if not options.resume:
             trainer.save()  # from here on the run can be resumed, whatever happens to it; and a full disk shows now
+
+        def keep(epoch: int) -> None:
+            card = _card(recipe, images, trainer, options)
+            hub.save(run.directory / EPOCHS_FOLDER / f"{epoch:04d}", encoder, spec, card=card)
+
         trainer.fit(
             monitor=_knn_monitor(images, options) if options.knn_epochs > 0 else None,
             monitor_epochs=options.knn_epochs,
+            keep=keep,
+            keep_epochs=options.keep_epochs,
             time_limit=options.time_limit,
             save_minutes=options.save_minutes,
         )
