@@ -1,6 +1,6 @@
 """Measure models under every protocol, and lay the figures beside those of two earlier studies.
 
-    python benchmarks/reproduce.py --data tiny-imagenet-200 --device cuda --transfer cifar10 fashion-mnist
+    python benchmarks/reproduce.py --data tiny-imagenet-200 --device cuda --transfer cifar10 fashion-mnist --finetune 50
 
 Features are extracted once for each model and source. Each model and source gets a JSON of its own, which is there as
 soon as it is measured; `benchmarks/update_readme.py` makes the README's tables of them.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import tyro
 
-from vision_ssl import Features, Report, extract, list_models, load
+from vision_ssl import Features, Report, extract, finetune, list_models, load
 from vision_ssl.device import native_bf16, pick_device
 from vision_ssl.hub import Encoder
 from vision_ssl.linear_sgd import STUDY_B
@@ -35,7 +35,8 @@ class Arguments:
             `imagenette`.
         models: Names or runs, as `vision_ssl.load` takes them; by default all packaged ones.
         transfer: Further labelled sources, for a linear probe and kNN.
-        seeds: How often what depends on a seed is measured.
+        seeds: How often what depends on a seed is measured; fine-tuning is once.
+        finetune: Epochs to fine-tune each model for, on all classes of `data`; 0 for none.
         subset: Of more classes than that, measure the first so many by name too.
         device: Where the encoders and SGD compute.
         out: Folder for the JSON.
@@ -45,6 +46,7 @@ class Arguments:
     models: tuple[str, ...] = ()
     transfer: tuple[str, ...] = ()
     seeds: int = 3
+    finetune: int = 0
     subset: int = 100
     device: str = "auto"
     out: Path = RESULTS
@@ -57,7 +59,11 @@ def main(arguments: Arguments) -> None:
         for source in (arguments.data, *arguments.transfer):
             print(f"{name} on {source}", flush=True)
             record = measure(name, encoder, source, arguments)
-            save_json(arguments.out / f"{record['data']}.{record['model']['name']}.json", record)
+            out = arguments.out / f"{record['data']}.{record['model']['name']}.json"
+            save_json(out, record)
+            if source == arguments.data and arguments.finetune:
+                record["scores"].append(fine_tuned(encoder, source, arguments))
+                save_json(out, record)
     readme = runpy.run_path(str(Path(__file__).with_name("update_readme.py")))
     print(readme["reproduced_tables"](arguments.out))
 
@@ -110,6 +116,13 @@ def further_reports(train: Features, val: Features, seeds: int, device: torch.de
             [knn(train, val, k=5, temperature=None, metric="euclidean")],
             [resubstitution(val)],
         ]
+
+
+def fine_tuned(encoder: Encoder, source: str, arguments: Arguments) -> dict[str, Any]:
+    """The entry of fine-tuning, on all classes."""
+    device = pick_device(arguments.device)
+    report = finetune(encoder, train=source, val=source, device=device, epochs=arguments.finetune)
+    return {"classes": len(report.per_class), **entry([report])}
 
 
 def entry(reports: list[Report]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ demo
 curve restore
 recipes
 pretrain
+finetuning
 probe
 linear_sgd
 features
@@ -122,6 +123,7 @@ def test_public_names() -> None:
         "extract",
         "Features",
         "evaluate",
+        "finetune",
         "Report",
         "open_images",
         "ImageSet",

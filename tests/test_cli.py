@@ -25,7 +25,7 @@ from vision_ssl.recipes import MAE, METHODS, Recipe, SimCLR
 from vision_ssl.registry import Weights
 from vision_ssl.storage import load_tensors
 
-COMMANDS = ("list", "info", "demo", "train", "extract", "probe", "knn", "reconstruct", "plot")
+COMMANDS = ("list", "info", "demo", "train", "extract", "probe", "knn", "finetune", "reconstruct", "plot")
 TINY_MAE = MAE(
     encoder="vit_tiny",
     image_size=24,
@@ -203,6 +203,23 @@ def test_knn(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "classes=3: expected 1 to 2" in refused(capsys, "knn", run, *data, "--classes", "3")
 
 
+def test_finetune(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--train", str(pictures), "--val", str(pictures), "--device", "cpu"]
+    settings = ["--epochs", "2", "--batch-size", "8", "--layer-decay", "0.5", "--time-limit", "0", "--seed", "5"]
+    cli.main(["finetune", str(run), *data, *settings, "-o", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert capsys.readouterr().out.startswith("finetune: ")
+    assert {name: report["settings"][name] for name in ("epochs", "epochs_done", "batch_size", "layer_decay")} == {
+        "epochs": 2,
+        "epochs_done": 1,
+        "batch_size": 8,
+        "layer_decay": 0.5,
+    }
+    assert report["seed"] == 5
+    assert "batch_size=256: expected at most 16" in refused(capsys, "finetune", run, *data)
+    assert "classes=3: expected 1 to 2" in refused(capsys, "finetune", run, *data, "--classes", "3")
+
+
 def test_reconstruct(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = sorted(map(str, (pictures / "train" / "dark").iterdir()))[:2]
     out = tmp_path / "out.png"
@@ -376,6 +393,7 @@ def test_commands_that_cannot_be_understood(
         ("extract nowhere photos -o x", "'nowhere' is neither a known model nor a path"),
         ("probe nowhere --train a --val b", "'nowhere' is neither a known model nor a path"),
         ("knn nowhere --train a --val b", "'nowhere' is neither a known model nor a path"),
+        ("finetune nowhere --train a --val b", "'nowhere' is neither a known model nor a path"),
         ("reconstruct nowhere PICTURE -o x.png", "'nowhere' is neither a known model nor a path"),
         ("reconstruct RUN missing.png -o x.png", "No such file or directory: .*missing.png"),
         ("reconstruct RUN PICTURE -o x.png --mask-ratio 2", "mask_ratio=2.0 is out of range"),

@@ -409,7 +409,7 @@ TRAIN, VAL = pair()
         (
             wrap(TRAIN.features, torch.ones(90, dtype=torch.int64), "t"),
             VAL,
-            "train: 90 features of 1 class, expected at least 2",
+            "train: 90 images of 1 class, expected at least 2",
         ),
         (TRAIN, wrap(VAL.features[:, :5], VAL.labels, "v"), "val: features have width 5, expected 8 as in train"),
         (
@@ -462,7 +462,7 @@ def test_settings_that_knn_refuses(options: dict[str, Any], message: str) -> Non
     [
         (wrap(VAL.features, None, "v"), "features: got 90 features without labels"),
         (with_value(VAL, float("nan")), "features: 2 of 90 features hold NaN"),
-        (VAL.select([0, 3]), "features: 2 features of 1 class"),
+        (VAL.select([0, 3]), "features: 2 images of 1 class"),
     ],
 )
 def test_features_that_resubstitution_refuses(features: Features, message: str) -> None:

@@ -1,5 +1,6 @@
 import json
 import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vision_ssl import extract, hub, load
+from vision_ssl import extract, finetune, hub, load
 from vision_ssl.encoders import resolve_encoder
 from vision_ssl.linear_sgd import STUDY_B
 from vision_ssl.probe import knn, linear, linear_sgd, resubstitution
@@ -70,6 +71,17 @@ def results(tree: Path, pictures: Path, weights: Path, tmp_path_factory: pytest.
     arguments: dict[str, Any] = {"models": (str(weights),), "transfer": (str(pictures),), "seeds": 2, "subset": 2}
     script["main"](script["Arguments"](data=str(tree), out=out, device="cpu", **arguments))
     return out
+
+
+def test_finetuning_where_it_is_asked_for(pictures: Path, weights: Path, tmp_path: Path) -> None:
+    script = runpy.run_path(str(BENCHMARKS / "reproduce.py"))
+    script["main"].__globals__["finetune"] = partial(finetune, batch_size=10)  # there are 20 images
+    arguments: dict[str, Any] = {"models": (str(weights),), "seeds": 1, "finetune": 2, "device": "cpu"}
+    script["main"](script["Arguments"](data=str(pictures), out=tmp_path, **arguments))
+    *others, last = read(tmp_path, "pictures.tiny")["scores"]
+    assert len(others) == 7
+    assert (last["protocol"], last["classes"], last["seeds"], last["n_train"]) == ("finetune", 2, [0], 20)
+    assert last["settings"][0]["epochs"] == 2
 
 
 def read(results: Path, name: str) -> dict[str, Any]:

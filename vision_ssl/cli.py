@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import tyro
 
 from .errors import RecipeError, VisionSSLError
-from .options import RunOptions
+from .options import FineTuning, RunOptions
 from .presets import PRESETS
 from .recipes import MAE, METHODS, Recipe, SimCLR
 from .registry import WEIGHTS, find
@@ -159,6 +159,39 @@ def knn_command(
     _show(evaluate(encoder, train=train, val=val, **options), out)
 
 
+def finetune_command(
+    name: Name,
+    /,
+    *,
+    train: str,
+    val: str,
+    settings: FineTuning = FineTuning(),  # noqa: B008  # frozen
+    classes: int | None = None,
+    time_limit: float | None = None,
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Train an encoder end to end with a new head; print accuracy and macro F1.
+
+    Args:
+        name: A model, the directory of a run, or a folder of weights.
+        train: Labelled images to train on; of a source with several splits, its training split.
+        val: Labelled images to score on, once; of a source with several splits, its validation split.
+        settings: How it is trained.
+        classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
+        time_limit: Minutes after which no further epoch begins.
+        out: Also write the report there, as JSON.
+        device: `auto`, `cpu`, `cuda`, ...
+        seed: Of the head, the order of the images, and the views.
+    """
+    from .device import pick_device
+    from .finetuning import finetune
+
+    options: dict[str, Any] = {"classes": classes, "time_limit": time_limit, "device": pick_device(device)}
+    _show(finetune(name, train=train, val=val, seed=seed, **options, **vars(settings)), out)
+
+
 def _show(report: "Report", out: Path | None) -> None:
     print(report)
     if out is not None:
@@ -286,6 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
         "extract": extract_command,
         "probe": probe_command,
         "knn": knn_command,
+        "finetune": finetune_command,
         "reconstruct": reconstruct_command,
         "plot": plot_command,
     }

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from . import hub, plots
-from .data import open_images
 from .errors import DataError, RecipeError
+from .features import images_for
 from .pretrain import Run
 from .probe import Protocol, evaluate
 from .storage import save_text
@@ -55,9 +55,9 @@ def probe_curve(
             f"run={str(run)!r} kept no encoder: expected epochs/0005 and so on, as keep_epochs=5 makes them"
         )
     table = Path(out or Path(run) / "probe_curve.csv")
-    size = hub.load(next(iter(kept.values()))).preprocess.size
-    common: dict[str, Any] = {"size": size, "cache_dir": cache_dir, "require_labels": True}
-    train, val = open_images(train, **common), open_images(val, split="val", **common)
+    first = hub.load(next(iter(kept.values())))
+    train = images_for(first, train, split="train", cache_dir=cache_dir, require_labels=True)[0]
+    val = images_for(first, val, split="val", cache_dir=cache_dir, require_labels=True)[0]
     rows: list[dict[str, float]] = []
     for epoch, folder in kept.items():
         report = evaluate(hub.load(folder), train=train, val=val, protocol=protocol, cache_dir=cache_dir, **settings)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import first_few
-from .data import Source, Split
+from .data import ImageSet, Source, Split
 from .errors import DataError, RecipeError
 from .features import Features, extract
 from .linear_sgd import STUDY_B, SWEEP, SGDProbe, sgd_classifier
@@ -52,7 +52,7 @@ def linear(train: Features, val: Features, *, seed: int = 0) -> Report:
     Warns:
         UserWarning: `val` has a class that `train` lacks, or the solver ran out of iterations.
     """
-    train_labels = _check_pair(train, val)
+    train_labels = check_pair(train, val)
     n_classes = len(train.classes)
     settings = choose_l2(train.features, train_labels, n_classes, seed)
     classifier = logistic_regression(train.features, train_labels, n_classes, settings["l2"])
@@ -85,7 +85,7 @@ def linear_sgd(
     Warns:
         UserWarning: `val` has a class that `train` lacks.
     """
-    labels = _check_pair(train, val)
+    labels = check_pair(train, val)
     classifier, settings = sgd_classifier(
         train.features, labels, len(train.classes), probe, seed=seed, device=device or "cpu"
     )
@@ -133,7 +133,7 @@ def knn(
         raise RecipeError(f"metric={metric!r}: expected 'cosine' or 'euclidean'")
     if metric == "euclidean" and temperature is not None:
         raise RecipeError(f"temperature={temperature}: expected None, since votes by Euclidean distance count alike")
-    labels = _check_pair(train, val)
+    labels = check_pair(train, val)
     index, queries = train.features, val.features
     if metric == "cosine":
         index, queries = F.normalize(index), F.normalize(queries)
@@ -240,39 +240,24 @@ def evaluate(
     raise RecipeError(f"protocol={protocol!r}: expected one of {', '.join(get_args(Protocol))}")
 
 
-def _check(features: Features, name: str) -> Tensor:
-    """Return the labels of features that a probe can use."""
-    if features.labels is None:
-        raise DataError(f"{name}: got {len(features):,} features without labels, expected labelled ones")
-    bad = ~features.features.isfinite().all(dim=1)
-    if bad.any():
-        where = features.paths[int(bad.int().argmax())]
-        raise DataError(
-            f"{name}: {int(bad.sum()):,} of {len(features):,} features hold NaN or infinity, the first is of {where}"
-        )
-    return features.labels
+def check_pair(train: Features | ImageSet, val: Features | ImageSet) -> Tensor:
+    """Return the training labels of two sets, of features or images, that fit together.
 
+    Raises:
+        DataError: They do not.
 
-def _check_fit(features: Features, name: str) -> Tensor:
-    """Return the labels of features that a classifier can be fitted on."""
-    labels = _check(features, name)
-    found = labels.unique()
-    if len(found) < 2:
-        raise DataError(f"{name}: {len(features):,} features of {len(found)} class, expected at least 2 classes")
-    return labels
-
-
-def _check_pair(train: Features, val: Features) -> Tensor:
-    """Return the training labels of two sets that fit together."""
+    Warns:
+        UserWarning: `val` has a class that `train` lacks.
+    """
     train_labels, val_labels = _check_fit(train, "train"), _check(val, "val")
     if train.classes != val.classes:
         pairs = enumerate(zip_longest(val.classes, train.classes))
         label, (ours, theirs) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
         raise DataError(f"val: class {label} is {ours!r}, expected {theirs!r} as in train")
-    if train.features.shape[1] != val.features.shape[1]:
-        raise DataError(
-            f"val: features have width {val.features.shape[1]}, expected {train.features.shape[1]} as in train"
-        )
+    if isinstance(train, Features) and isinstance(val, Features):
+        width, expected = val.features.shape[1], train.features.shape[1]
+        if width != expected:
+            raise DataError(f"val: features have width {width}, expected {expected} as in train")
     if train.digest == val.digest:
         raise DataError("val: holds the same images as train, expected others; to score on them, use resubstitution")
     lacking = ~torch.isin(val_labels, train_labels)
@@ -283,6 +268,30 @@ def _check_pair(train: Features, val: Features) -> Tensor:
             stacklevel=3,
         )
     return train_labels
+
+
+def _check(images: Features | ImageSet, name: str) -> Tensor:
+    """Return the labels of images, or of features that a probe can use."""
+    what = "features" if isinstance(images, Features) else "images"
+    if images.labels is None:
+        raise DataError(f"{name}: got {len(images):,} {what} without labels, expected labelled ones")
+    if isinstance(images, Features):
+        bad = ~images.features.isfinite().all(dim=1)
+        if bad.any():
+            where = images.paths[int(bad.int().argmax())]
+            raise DataError(
+                f"{name}: {int(bad.sum()):,} of {len(images):,} features hold NaN or infinity, the first is of {where}"
+            )
+    return images.labels
+
+
+def _check_fit(images: Features | ImageSet, name: str) -> Tensor:
+    """Return the labels of what a classifier can be fitted on."""
+    labels = _check(images, name)
+    found = labels.unique()
+    if len(found) < 2:
+        raise DataError(f"{name}: {len(images):,} images of {len(found)} class, expected at least 2 classes")
+    return labels
 
 
 def _report(
