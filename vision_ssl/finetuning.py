@@ -231,14 +231,14 @@ def _train(
     model.to(memory_format=torch.channels_last).train()
     optimizer = AdamW(layer_groups(model, how), betas=BETAS)
     pixels = brought_near(images.pixels, device)
-    labels, n_classes = cast(Tensor, images.labels).to(device), len(images.classes)
+    labels = cast(Tensor, images.labels).to(pixels.device)
     steps_per_epoch = len(images) // how.batch_size
     warmup_epochs = how.epochs / 20 if how.warmup_epochs is None else how.warmup_epochs
     order = torch.Generator().manual_seed(seed)
     began = time.monotonic()
     bar = tqdm(range(how.epochs), f"fine-tuning on {images.name}", unit=" epochs", disable=None, delay=3)
     for epoch in bar:
-        shuffled = torch.randperm(len(images), generator=order)
+        shuffled = torch.randperm(len(images), generator=order).to(pixels.device)
         for index, rows in enumerate(shuffled.split(how.batch_size)[:steps_per_epoch]):
             step = epoch * steps_per_epoch + index
             rng = np.random.default_rng((seed, step))
@@ -252,9 +252,8 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = how.base_lr * how.batch_size / 256 * factor * group["lr_scale"]
             draws = Draws(int(rng.integers(2**62)), rows=slice(None), total=len(rows), device=device)
-            batch = pixels.index_select(0, rows.to(pixels.device)).to(device)
-            views = view(batch, preprocess, draws, erase=how.erase)
-            targets = smoothed(labels[rows.to(device)], n_classes, how.label_smoothing)
+            views = view(pixels.index_select(0, rows).to(device), preprocess, draws, erase=how.erase)
+            targets = smoothed(labels[rows].to(device), len(images.classes), how.label_smoothing)
             views, targets = mix(views, targets, mixup=how.mixup, cutmix=how.cutmix, rng=rng)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = F.cross_entropy(model(views), targets)
@@ -274,5 +273,5 @@ def _predict(model: nn.Module, images: ImageSet, preprocess: Preprocess, device:
     """Classes int64 (n,) of images as they are, on the CPU."""
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
-        logits = [model(preprocess.normalise(part.to(device))) for part in images.pixels.split(SCORED)]
-        return torch.cat([part.argmax(dim=1) for part in logits]).cpu()
+        parts = (preprocess.normalise(part.to(device)) for part in images.pixels.split(SCORED))
+        return torch.cat([model(part).argmax(dim=1) for part in parts]).cpu()
