@@ -7,7 +7,9 @@ demo wrote, its scores are taken from there.
 import json
 import re
 import shutil
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,20 @@ from vision_ssl.registry import WEIGHTS
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
 DEMO_SCORES = RESULTS / "demo.md"
+REPRODUCED = RESULTS / "reproduce"
+STUDIES = Path(__file__).parent / "studies.json"
+SCORES = (  # columns of the table of reproduced figures: heading, protocol, figure
+    ("linear: training (%)", "linear", "train_accuracy"),
+    ("validation (%)", "linear", "accuracy"),
+    ("macro F1", "linear", "macro_f1"),
+    ("study B's probe: training (%)", "linear-sgd-study-b", "train_accuracy"),
+    ("validation (%)", "linear-sgd-study-b", "accuracy"),
+    ("macro F1", "linear-sgd-study-b", "macro_f1"),
+    ("kNN, k = 20 (%)", "knn-20", "accuracy"),
+    ("k = 5 (%)", "knn-5", "accuracy"),
+    ("fine-tuned (%)", "finetune", "accuracy"),
+    ("resubstitution (%), a training accuracy", "resubstitution", "accuracy"),
+)
 SPEED_GROUPS = ("augment", "pipeline", "loss", "step", "decode", "probe")
 
 
@@ -41,6 +57,81 @@ def models_table() -> str:
 def demo_scores() -> str:
     """What the demo printed when it last renewed the README."""
     return DEMO_SCORES.read_text(encoding="utf-8").strip()
+
+
+def reproduced_tables(folder: Path = REPRODUCED) -> str:
+    """What `benchmarks/reproduce.py` measured, beside the figures of two earlier studies."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    studies = json.loads(STUDIES.read_text(encoding="utf-8"))
+    models = {record["model"]["name"]: record["model"] for record in records}
+    costs = [
+        [
+            f"`{model['name']}`",
+            model["architecture"],
+            f"{model['image_size']} px",
+            f"{model['parameters'] / 1e6:.1f} M",
+            shown(model["epochs"], "{:g}"),
+            "-" if model["minutes"] is None else minutes(model["minutes"] / model["epochs"]),
+            "-" if model["minutes"] is None else minutes(model["minutes"]),
+            shown(model["hardware"], "{}"),
+        ]
+        for model in models.values()
+    ]
+    scores = []
+    for record in records:
+        for classes in dict.fromkeys(score["classes"] for score in record["scores"]):
+            found = {score["protocol"]: score for score in record["scores"] if score["classes"] == classes}
+            figures = [spread(found.get(protocol, {}).get(figure, []), figure) for _, protocol, figure in SCORES]
+            scores.append([f"`{record['model']['name']}`", record["data"], str(classes), *figures])
+    quoted = [
+        [
+            f"{study['model']} ({study['study']})",
+            study["architecture"],
+            f"{study['image_size']} px",
+            shown(study["parameters"], "{:.1f} M"),
+            str(study["epochs"]),
+            study["time_an_epoch"] or "-",
+            study["protocol"],
+            shown(study["train_accuracy"], "{:.1f}"),
+            shown(study["accuracy"], "{:.1f}"),
+            shown(study["macro_f1"], "{:.3f}"),
+        ]
+        for study in studies["studies"]
+    ]
+    facts = ["architecture", "input", "parameters", "epochs", "an epoch"]
+    paragraphs = [
+        table(["model", *facts, "in all", "hardware"], costs),
+        table(["model", "data", "classes", *(heading for heading, _, _ in SCORES)], scores),
+        "As the two studies state theirs:",
+        table(["model (study)", *facts, "protocol", "training (%)", "validation (%)", "macro F1"], quoted),
+        studies["why_they_differ"],
+    ]
+    return "\n\n".join(paragraphs)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown(value: object, pattern: str) -> str:
+    """A value that may be missing."""
+    return "-" if value is None else pattern.format(value)
+
+
+def minutes(value: float) -> str:
+    """Minutes, in the unit that fits."""
+    return f"{60 * value:.0f} s" if value < 2 else f"{value:.1f} min" if value < 120 else f"{value / 60:.1f} h"
+
+
+def spread(values: Sequence[float], figure: str) -> str:
+    """Mean over seeds, with the standard deviation where there are several."""
+    if not values:
+        return "-"
+    digits = 3 if figure == "macro_f1" else 1
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def speed_table() -> str:
@@ -97,13 +188,23 @@ def with_block(text: str, name: str, block: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}\n{block}\n\n{match[2]}", text)
 
 
+def blocks() -> dict[str, str]:
+    """Everything in the README that comes from measurements."""
+    return {
+        "models": models_table(),
+        "reproduced": reproduced_tables(),
+        "demo": demo_scores(),
+        "speed": speed_table(),
+        "scale": scale_table(),
+    }
+
+
 def main(demo: Path | None) -> None:
     """Renew the tables."""
     text = README.read_text(encoding="utf-8")
     if demo is not None:
         shutil.copyfile(demo / "scores.md", DEMO_SCORES)
-    blocks = {"models": models_table(), "demo": demo_scores(), "speed": speed_table(), "scale": scale_table()}
-    for name, block in blocks.items():
+    for name, block in blocks().items():
         text = with_block(text, name, block)
     README.write_text(text, encoding="utf-8")
 

@@ -17,10 +17,12 @@ LEVELS = """
 __main__
 cli
 demo
-restore
+curve restore
 recipes
 pretrain
+finetuning
 probe
+linear_sgd
 features
 plots
 report
@@ -121,6 +123,7 @@ def test_public_names() -> None:
         "extract",
         "Features",
         "evaluate",
+        "finetune",
         "Report",
         "open_images",
         "ImageSet",

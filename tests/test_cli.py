@@ -16,14 +16,16 @@ from PIL import Image
 from vision_ssl import cli, registry
 from vision_ssl.data import open_images
 from vision_ssl.features import Features
+from vision_ssl.hub import load
 from vision_ssl.options import RunOptions
 from vision_ssl.presets import PRESETS
 from vision_ssl.pretrain import Run
+from vision_ssl.probe import evaluate
 from vision_ssl.recipes import MAE, METHODS, Recipe, SimCLR
 from vision_ssl.registry import Weights
 from vision_ssl.storage import load_tensors
 
-COMMANDS = ("list", "info", "demo", "train", "extract", "probe", "knn", "reconstruct", "plot")
+COMMANDS = ("list", "info", "demo", "train", "extract", "probe", "knn", "finetune", "reconstruct", "plot")
 TINY_MAE = MAE(
     encoder="vit_tiny",
     image_size=24,
@@ -135,6 +137,47 @@ def test_probe(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Capture
     assert report["accuracy"] == 100  # dark and bright
     assert "linear" in printed
     assert "100.0" in printed
+    for protocol in ("linear-sgd", "linear-sgd-study-b"):
+        cli.main(["probe", str(run), *data, "--protocol", protocol, "--seed", "5"])
+        assert capsys.readouterr().out.startswith(f"{protocol}: 100.0 %")
+    assert "classes=3: expected 1 to 2" in refused(capsys, "probe", run, *data, "--classes", "3")
+
+
+def test_probe_of_every_checkpoint(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TRAIN_TINY_MAE.split(), str(pictures), "--out", str(tmp_path / "run"), "--keep-epochs", "1"]
+    cli.main([*words, "--epochs", "2"])
+    data = ["--train", str(pictures), "--val", str(pictures), "--every-checkpoint", "--seed", "3"]
+    capsys.readouterr()
+    cli.main(["probe", str(tmp_path / "run"), *data])
+    table, picture = map(Path, capsys.readouterr().out.splitlines())
+    assert (table, picture) == (tmp_path / "run" / "probe_curve.csv", tmp_path / "run" / "probe_curve.png")
+    names, *rows = (line.split(",") for line in table.read_text().splitlines())
+    assert names == ["epoch", "loss", "accuracy", "val_accuracy"]
+    kept = Run(tmp_path / "run").kept
+    assert [int(row[0]) for row in rows] == list(kept) == [1, 2]
+    sources: dict[str, Any] = {"train": pictures, "val": pictures}
+    for row, folder in zip(rows, kept.values(), strict=True):
+        report = evaluate(load(folder), **sources, seed=3)
+        expected = (report.train_loss, report.train_accuracy, report.accuracy)
+        assert [float(value) for value in row[1:]] == pytest.approx(expected, rel=1e-5)
+    assert rows[0][1] != rows[1][1]
+    with Image.open(picture) as image:
+        assert min(image.size) > 300
+    cli.main(
+        [
+            "probe",
+            str(tmp_path / "run"),
+            *data,
+            "-o",
+            str(tmp_path / "new" / "c.csv"),
+            "--protocol",
+            "linear-sgd-study-b",
+        ]
+    )
+    assert (tmp_path / "new" / "c.png").is_file()
+    assert (tmp_path / "new" / "c.csv").read_text() != table.read_text()
+    line = refused(capsys, "probe", tmp_path / "run", *data, "--protocol", "resubstitution")
+    assert "protocol='resubstitution' is not drawn as a curve" in line
 
 
 def test_resubstitution_comes_with_a_warning(run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +196,28 @@ def test_knn(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads((tmp_path / "report.json").read_text())["protocol"] == "knn-3"
     assert "knn-3" in capsys.readouterr().out
     assert "k=20: expected 1 to 16" in refused(capsys, "knn", run, *data)
+    cli.main(["knn", str(run), *data, "--k", "5", "--unweighted", "--metric", "euclidean"])
+    assert capsys.readouterr().out.startswith("knn-5-unweighted-euclidean: ")
+    cli.main(["knn", str(run), *data, "--k", "5", "--unweighted"])
+    assert capsys.readouterr().out.startswith("knn-5-unweighted: ")
+    assert "classes=3: expected 1 to 2" in refused(capsys, "knn", run, *data, "--classes", "3")
+
+
+def test_finetune(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--train", str(pictures), "--val", str(pictures), "--device", "cpu"]
+    settings = ["--epochs", "2", "--batch-size", "8", "--layer-decay", "0.5", "--time-limit", "0", "--seed", "5"]
+    cli.main(["finetune", str(run), *data, *settings, "-o", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert capsys.readouterr().out.startswith("finetune: ")
+    assert {name: report["settings"][name] for name in ("epochs", "epochs_done", "batch_size", "layer_decay")} == {
+        "epochs": 2,
+        "epochs_done": 1,
+        "batch_size": 8,
+        "layer_decay": 0.5,
+    }
+    assert report["seed"] == 5
+    assert "batch_size=256: expected at most 16" in refused(capsys, "finetune", run, *data)
+    assert "classes=3: expected 1 to 2" in refused(capsys, "finetune", run, *data, "--classes", "3")
 
 
 def test_reconstruct(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +318,8 @@ def test_every_field_is_an_option(asked: list[tuple[Recipe, Any, RunOptions]]) -
     words = (
         "train simclr photos --encoder resnet34 --stem 3x3-nopool --crop-scale 0.1 0.9 --jitter 0.1 0.2 0.3 0.4 "
         "--clip-grad 1.5 --no-projector-norm --warmup-epochs 2 --blur-kernel 5 --out here --init there --parts a b "
-        "--time-limit 1.5 --seed 3 --no-resume --precision bf16 --knn-epochs 0 --cache-dir c --cache-size 72"
+        "--time-limit 1.5 --seed 3 --no-resume --precision bf16 --knn-epochs 0 --keep-epochs 4 "
+        "--cache-dir c --cache-size 72"
     )
     cli.main(words.split())
     recipe = SimCLR(
@@ -275,6 +341,7 @@ def test_every_field_is_an_option(asked: list[tuple[Recipe, Any, RunOptions]]) -
         seed=3,
         precision="bf16",
         knn_epochs=0,
+        keep_epochs=4,
         cache_dir="c",
         cache_size=72,
     )
@@ -326,6 +393,7 @@ def test_commands_that_cannot_be_understood(
         ("extract nowhere photos -o x", "'nowhere' is neither a known model nor a path"),
         ("probe nowhere --train a --val b", "'nowhere' is neither a known model nor a path"),
         ("knn nowhere --train a --val b", "'nowhere' is neither a known model nor a path"),
+        ("finetune nowhere --train a --val b", "'nowhere' is neither a known model nor a path"),
         ("reconstruct nowhere PICTURE -o x.png", "'nowhere' is neither a known model nor a path"),
         ("reconstruct RUN missing.png -o x.png", "No such file or directory: .*missing.png"),
         ("reconstruct RUN PICTURE -o x.png --mask-ratio 2", "mask_ratio=2.0 is out of range"),
@@ -338,6 +406,8 @@ def test_commands_that_cannot_be_understood(
         ("extract RUN PICTURES -o x --device tpu", "device='tpu' cannot be used here"),
         ("extract RUN PICTURES -o RUN/run.json/x", "cannot write .*run.json/x"),
         ("probe RUN --train PICTURES/train/dark --val PICTURES", "looked for labels"),
+        ("probe RUN --train PICTURES --val PICTURES --every-checkpoint", "kept no encoder: expected epochs/0005 and"),
+        ("probe simclr_resnet18 --train a --val b --every-checkpoint", "run='simclr_resnet18' kept no encoder"),
         ("train mae PICTURES --preset best", "preset='best' is unknown to mae: expected one of small-64, small-32, st"),
         ("train mae PICTURES --preset study-b --out x", "preset='study-b' is unknown to mae"),
         ("train mae PICTURES --mask-ratio 1.5 --out x", "mask_ratio=1.5 is out of range"),

@@ -282,6 +282,28 @@ def test_select(photos: Path) -> None:
         images.select([24])
 
 
+def test_first_classes_are_those_of_the_sorted_names(photos: Path) -> None:
+    images = dataclasses.replace(
+        open_images(photos, size=16), classes=("wolf", "ant", "cat")
+    )  # not in order, as in wnids.txt
+    first = images.first_classes(2)
+    assert first.classes == ("ant", "cat")
+    assert labels_of(first) == [0] * 8 + [1] * 8
+    assert torch.equal(first.pixels, images.pixels[8:])
+    assert first.paths == images.paths[8:]
+    assert first.digest == images.select(range(8, 24)).digest
+    assert labels_of(images.first_classes(3)) == [2] * 8 + [0] * 8 + [1] * 8
+
+
+@pytest.mark.parametrize("count", [0, -1, 4])
+def test_more_or_fewer_classes_than_there_are(photos: Path, count: int) -> None:
+    images = open_images(photos, size=16)
+    with pytest.raises(DataError, match=f"classes={count}: expected 1 to 3, the number of classes"):
+        images.first_classes(count)
+    with pytest.raises(DataError, match=f"classes={count}: got images without labels"):
+        dataclasses.replace(images, labels=None, classes=()).first_classes(count)
+
+
 @pytest.fixture
 def bad(tmp_path: Path) -> Path:
     """A folder with something wrong below each name."""

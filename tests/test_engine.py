@@ -80,10 +80,19 @@ def fit(
     *,
     monitor: Callable[[nn.Module], dict[str, float]] | None = None,
     monitor_epochs: int = 1,
+    keep: Callable[[int], None] = lambda epoch: None,
+    keep_epochs: int = 0,
     time_limit: float | None = None,
     save_minutes: float = 10,
 ) -> Trainer:
-    trainer.fit(monitor=monitor, monitor_epochs=monitor_epochs, time_limit=time_limit, save_minutes=save_minutes)
+    trainer.fit(
+        monitor=monitor,
+        monitor_epochs=monitor_epochs,
+        keep=keep,
+        keep_epochs=keep_epochs,
+        time_limit=time_limit,
+        save_minutes=save_minutes,
+    )
     return trainer
 
 
@@ -430,6 +439,20 @@ def test_an_epoch_sees_each_image_once_in_an_order_of_its_own(tmp_path: Path) ->
     assert first != second
     assert epochs_seen(tmp_path / "0 again", seed=0) == [first, second]
     assert epochs_seen(tmp_path / "1", seed=1)[0] != first
+
+
+def test_what_is_kept_comes_before_the_checkpoint_from_which_a_run_goes_on(tmp_path: Path) -> None:
+    kept: list[tuple[int, int]] = []
+
+    def keep(epoch: int) -> None:
+        saved = load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"]
+        kept.append((epoch, saved))
+
+    trainer = make(tmp_path, Tiny())
+    trainer.save()
+    for _ in range(trainer.steps_per_epoch):
+        fit(trainer, keep=keep, keep_epochs=1, time_limit=0)
+    assert kept == [(1, trainer.steps_per_epoch - 1)]
 
 
 def test_the_monitor_looks_between_epochs_and_changes_nothing(tmp_path: Path) -> None:

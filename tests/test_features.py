@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -223,6 +224,17 @@ def test_selected_features_are_those_of_the_selected_images() -> None:
     encoder = make_encoder()
     images = open_images(make_images(6), size=SIZE)
     assert_same(extract(encoder, images).select([4, 2]), extract(encoder, images.select([4, 2])))
+
+
+def test_features_of_the_first_classes_are_those_of_their_images() -> None:
+    encoder = make_encoder()
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    images = replace(open_images(make_images(6), size=SIZE), labels=labels, classes=("wolf", "ant", "cat"))
+    first = extract(encoder, images).first_classes(2)
+    assert first.classes == ("ant", "cat")
+    assert first.labels is not None
+    assert first.labels.tolist() == [0, 1, 0, 1]
+    assert_same(first, extract(encoder, images.first_classes(2)))
 
 
 @settings(deadline=None, max_examples=25)

@@ -67,6 +67,18 @@ def test_curves_of_a_run(tmp_path: Path, figures: list[Any]) -> None:
     np.testing.assert_allclose(accuracy.lines[0].get_xydata(), [[20, 10], [40, 20]])
 
 
+def test_probe_curve(tmp_path: Path, figures: list[Any]) -> None:
+    rows = [{"epoch": epoch, "loss": 9.0 / epoch, "accuracy": 8 * epoch, "val_accuracy": 7 * epoch} for epoch in (5, 9)]
+    assert is_png(plots.probe_curve(rows, "study B", tmp_path / "new" / "curve.png"))
+    [figure] = figures
+    assert figure.get_suptitle() == "study B"
+    loss, accuracy = figure.axes
+    np.testing.assert_allclose(loss.lines[0].get_xydata(), [[5.0, 9 / 5], [9.0, 1.0]])
+    np.testing.assert_allclose(accuracy.lines[0].get_xydata(), [[5, 40], [9, 72]])
+    np.testing.assert_allclose(accuracy.lines[1].get_xydata(), [[5, 35], [9, 63]])
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["training", "validation"]
+
+
 def test_curves_of_records_without_labels(tmp_path: Path, figures: list[Any]) -> None:
     plots.curves(training(3), tmp_path / "curves.svg")
     assert [axes.get_ylabel() for axes in figures[0].axes] == ["loss", "learning rate"]

@@ -171,6 +171,24 @@ def test_a_run_describes_itself(finished: Run) -> None:
     assert "commit" in training
 
 
+def test_encoders_are_kept_whenever_a_run_is_stopped_and_resumed(tmp_path: Path, finished: Run) -> None:
+    recipe = replace(MAE_RECIPE, epochs=3)
+    whole = train(recipe, tmp_path / "whole", keep_epochs=2)
+    assert list(whole.kept) == [2, 3]  # every second one, and the last
+    for options in ({}, *[{"resume": True}] * 8):
+        parts = train(recipe, tmp_path / "parts", keep_epochs=2, time_limit=0, **options)
+    assert parts.encoder.card["training"]["finished"]
+    assert sorted(contents(parts.directory)) == sorted(contents(whole.directory))
+    for epoch, folder in whole.kept.items():
+        assert folder == whole.directory / "epochs" / f"{epoch:04d}"
+        file = "model.safetensors"
+        assert_same(load_tensors(folder / file)[0], load_tensors(parts.kept[epoch] / file)[0])
+        assert hub.read_card(folder)["training"]["epochs"] == epoch
+    assert_same(load_tensors(whole.kept[3] / "model.safetensors")[0], weights(whole))
+    assert hub.load(whole.kept[2])(torch.zeros(1, 3, 24, 24)).shape == (1, 192)
+    assert finished.kept == {}
+
+
 def test_the_exported_encoder_is_the_trained_one(finished: Run) -> None:
     encoder = finished.encoder
     assert finished.encoder is encoder

@@ -233,6 +233,10 @@ def test_linear_probe() -> None:
     assert report.settings["l2"] > 0
     assert report.targets.tolist() == cast(Tensor, val.labels).tolist()
     assert np.mean(report.predictions == report.targets) == pytest.approx(report.accuracy / 100)
+    fitted = logistic_regression(train.features, cast(Tensor, train.labels), 3, report.settings["l2"])
+    logits = (train.features - fitted.mean) @ fitted.weight + fitted.bias
+    loss = float(F.cross_entropy(logits, cast(Tensor, train.labels)))
+    assert report.train_loss == pytest.approx(loss, rel=1e-5)
     again = linear(train, val, seed=5)
     assert np.array_equal(again.predictions, report.predictions)
     assert again.settings == report.settings
@@ -280,15 +284,34 @@ def test_knn_is_scikit_learns(k: int, temperature: float | None, seed: int) -> N
     assert np.array_equal(report.predictions, reference.predict(queries.double().numpy()))
 
 
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(k=st.integers(1, 40), seed=st.integers(0, 99))
+def test_euclidean_knn_is_scikit_learns(k: int, seed: int) -> None:
+    features, labels = make(40, 6, 4, seed=seed)
+    queries, targets = make(30, 6, 4, seed=seed + 100)
+    reference = KNeighborsClassifier(k, algorithm="brute").fit(features.double().numpy(), labels.numpy())
+    train, val = wrap(features, labels, "a", 4), wrap(queries, targets, "b", 4)
+    report = knn(train, val, k=k, temperature=None, metric="euclidean")
+    assert np.array_equal(report.predictions, reference.predict(queries.double().numpy()))
+
+
+def test_of_unit_vectors_both_metrics_are_the_same() -> None:
+    train, val = (wrap(F.normalize(part.features), part.labels, part.digest) for part in pair())
+    cosine = knn(train, val, k=5, temperature=None)
+    assert np.array_equal(knn(train, val, k=5, temperature=None, metric="euclidean").predictions, cosine.predictions)
+
+
 def test_knn_report() -> None:
     train, val = pair()
     report = knn(train, val, seed=4)
     assert report.protocol == "knn-20"
-    assert report.settings == {"k": 20, "temperature": 0.07}
-    assert report.train_accuracy is None
+    assert report.settings == {"k": 20, "temperature": 0.07, "metric": "cosine"}
+    assert report.train_accuracy is report.train_loss is None
     assert (report.n_train, report.n_val, report.seed) == (90, 90, 4)
     assert report.targets.tolist() == cast(Tensor, val.labels).tolist()
     assert knn(train, val, k=5, temperature=None).protocol == "knn-5-unweighted"
+    euclidean = knn(train, val, k=5, temperature=None, metric="euclidean")
+    assert euclidean.protocol == "knn-5-unweighted-euclidean"
 
 
 def test_knn_compares_directions_and_not_lengths() -> None:
@@ -386,7 +409,7 @@ TRAIN, VAL = pair()
         (
             wrap(TRAIN.features, torch.ones(90, dtype=torch.int64), "t"),
             VAL,
-            "train: 90 features of 1 class, expected at least 2",
+            "train: 90 images of 1 class, expected at least 2",
         ),
         (TRAIN, wrap(VAL.features[:, :5], VAL.labels, "v"), "val: features have width 5, expected 8 as in train"),
         (
@@ -424,6 +447,8 @@ def test_a_class_that_only_validation_has_is_named(measure: Any) -> None:
         ({"k": 91}, "k=91: expected 1 to 90, the number of training images"),
         ({"temperature": 0.0}, "temperature=0.0: expected above 0"),
         ({"temperature": float("nan")}, "temperature=nan: expected above 0"),
+        ({"metric": "manhattan"}, "metric='manhattan': expected 'cosine' or 'euclidean'"),
+        ({"metric": "euclidean"}, "temperature=0.07: expected None, since votes by Euclidean distance count alike"),
     ],
 )
 def test_settings_that_knn_refuses(options: dict[str, Any], message: str) -> None:
@@ -437,7 +462,7 @@ def test_settings_that_knn_refuses(options: dict[str, Any], message: str) -> Non
     [
         (wrap(VAL.features, None, "v"), "features: got 90 features without labels"),
         (with_value(VAL, float("nan")), "features: 2 of 90 features hold NaN"),
-        (VAL.select([0, 3]), "features: 2 features of 1 class"),
+        (VAL.select([0, 3]), "features: 2 images of 1 class"),
     ],
 )
 def test_features_that_resubstitution_refuses(features: Features, message: str) -> None:
@@ -502,8 +527,22 @@ def test_evaluate_takes_features_as_they_are() -> None:
     assert np.array_equal(report.predictions, expected.predictions)
 
 
+def test_evaluate_passes_on_how_neighbours_vote() -> None:
+    report = evaluate(nn.Identity(), train=TRAIN, val=VAL, protocol="knn", k=5, temperature=None, metric="euclidean")
+    assert report.protocol == "knn-5-unweighted-euclidean"
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn", "resubstitution"])
+@pytest.mark.filterwarnings("ignore:resubstitution")
+def test_evaluate_on_the_first_classes(encoder: nn.Module, protocol: Any) -> None:
+    report = evaluate(encoder, train=image_set(1), val=image_set(2), protocol=protocol, classes=2)
+    assert list(report.per_class) == ["class 0", "class 1"]
+    assert (report.n_train, report.n_val, report.accuracy) == (40, 40, 100)
+
+
 def test_evaluate_refuses_what_it_cannot_measure(encoder: nn.Module) -> None:
-    with pytest.raises(RecipeError, match="protocol='svm': expected 'linear', 'knn' or 'resubstitution'"):
+    known = "linear, linear-sgd, linear-sgd-study-b, knn, resubstitution"
+    with pytest.raises(RecipeError, match=f"protocol='svm': expected one of {known}"):
         evaluate(encoder, train="a", val="b", protocol=cast(Any, "svm"))
     images = image_set(1)
     unlabelled = ImageSet(images.pixels, None, (), images.paths, "noise", "9" * 64)

@@ -137,10 +137,11 @@ def test_paired_bootstrap_refuses_other_images() -> None:
             paired_bootstrap(a, b)
 
 
-@pytest.mark.parametrize("train_accuracy", [None, 93.5])
-def test_save_and_load(tmp_path: Path, train_accuracy: float | None) -> None:
+@pytest.mark.parametrize(("train_accuracy", "train_loss"), [(None, None), (93.5, 0.25)])
+def test_save_and_load(tmp_path: Path, train_accuracy: float | None, train_loss: float | None) -> None:
     targets = np.array([0, 1, 1, 2])
     facts: dict[str, Any] = {"train_accuracy": train_accuracy, "settings": {"k": 20, "temperature": None}}
+    facts["train_loss"] = train_loss
     saved = report(np.array([0, 1, 2, 2]), targets, **facts)
     saved.save(tmp_path / "new" / "report.json")
     loaded = Report.load(tmp_path / "new" / "report.json")
@@ -152,6 +153,15 @@ def test_save_and_load(tmp_path: Path, train_accuracy: float | None) -> None:
         else:
             assert before == after
     assert loaded.per_class["yak"] == {"support": 0, "accuracy": None, "f1": 0}
+
+
+def test_load_of_a_report_without_a_loss(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    random_report(0.7).save(path)
+    record = json.loads(path.read_text())
+    del record["train_loss"]  # as version 0.1 wrote it
+    path.write_text(json.dumps(record))
+    assert Report.load(path).train_loss is None
 
 
 def test_a_saved_report_has_a_line_for_each_attribute(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .data import open_images as open_images
     from .features import Features as Features
     from .features import extract as extract
+    from .finetuning import finetune as finetune
     from .hub import load as load
     from .probe import evaluate as evaluate
     from .recipes import MAE as MAE
@@ -30,6 +31,7 @@ _EXPORTS = {
     "extract": "features",
     "Features": "features",
     "evaluate": "probe",
+    "finetune": "finetuning",
     "Report": "report",
     "open_images": "data",
     "ImageSet": "data",

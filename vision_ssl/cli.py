@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import tyro
 
 from .errors import RecipeError, VisionSSLError
-from .options import RunOptions
+from .options import FineTuning, RunOptions
 from .presets import PRESETS
 from .recipes import MAE, METHODS, Recipe, SimCLR
 from .registry import WEIGHTS, find
@@ -87,7 +87,9 @@ def probe_command(
     *,
     train: str,
     val: str,
-    protocol: Literal["linear", "resubstitution"] = "linear",
+    protocol: Literal["linear", "linear-sgd", "linear-sgd-study-b", "resubstitution"] = "linear",
+    classes: int | None = None,
+    every_checkpoint: bool = False,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     device: str = "auto",
     seed: int = 0,
@@ -98,17 +100,26 @@ def probe_command(
         name: A model, the directory of a run, or a folder of weights.
         train: Labelled images to fit on; of a source with several splits, its training split.
         val: Labelled images to score on; of a source with several splits, its validation split.
-        protocol: `linear` (held out), or `resubstitution`, which scores on the images it was fitted on.
-        out: Also write the report there, as JSON.
+        protocol: `linear` (logistic regression), `linear-sgd`, `linear-sgd-study-b` (the settings of study B), or
+            `resubstitution`, which scores on the images it was fitted on.
+        classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
+        every_checkpoint: Measure each encoder that the run NAME kept (`train --keep-epochs`), into `probe_curve.csv`.
+        out: Also write the report there, as JSON; of every checkpoint, the table and its picture.
         device: `auto`, `cpu`, `cuda`, ...
-        seed: Of the split that chooses the regularisation.
+        seed: Of the split that chooses a setting, and of SGD.
     """
     from .device import pick_device
-    from .hub import load
-    from .probe import evaluate
 
-    encoder, where = load(name), pick_device(device)
-    _show(evaluate(encoder, train=train, val=val, protocol=protocol, device=where, seed=seed), out)
+    options: dict[str, Any] = {"protocol": protocol, "classes": classes, "device": pick_device(device), "seed": seed}
+    if every_checkpoint:
+        from .curve import probe_curve
+
+        print(*probe_curve(name, train=train, val=val, out=out, **options), sep="\n")
+    else:
+        from .hub import load
+        from .probe import evaluate
+
+        _show(evaluate(load(name), train=train, val=val, **options), out)
 
 
 def knn_command(
@@ -118,6 +129,9 @@ def knn_command(
     train: str,
     val: str,
     k: int = 20,
+    unweighted: bool = False,
+    metric: Literal["cosine", "euclidean"] = "cosine",
+    classes: int | None = None,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     device: str = "auto",
 ) -> None:
@@ -128,6 +142,9 @@ def knn_command(
         train: Labelled images to find neighbours among.
         val: Labelled images to score on.
         k: Neighbours that vote.
+        unweighted: Count their votes alike; by default nearer ones weigh more.
+        metric: By which they are near; `euclidean` needs unweighted votes.
+        classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
         out: Also write the report there, as JSON.
         device: `auto`, `cpu`, `cuda`, ...
     """
@@ -136,7 +153,43 @@ def knn_command(
     from .probe import evaluate
 
     encoder, where = load(name), pick_device(device)
-    _show(evaluate(encoder, train=train, val=val, protocol="knn", k=k, device=where), out)
+    options: dict[str, Any] = {"protocol": "knn", "k": k, "metric": metric, "classes": classes, "device": where}
+    if unweighted:
+        options["temperature"] = None
+    _show(evaluate(encoder, train=train, val=val, **options), out)
+
+
+def finetune_command(
+    name: Name,
+    /,
+    *,
+    train: str,
+    val: str,
+    settings: FineTuning = FineTuning(),  # noqa: B008  # frozen
+    classes: int | None = None,
+    time_limit: float | None = None,
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Train an encoder end to end with a new head; print accuracy and macro F1.
+
+    Args:
+        name: A model, the directory of a run, or a folder of weights.
+        train: Labelled images to train on; of a source with several splits, its training split.
+        val: Labelled images to score on, once; of a source with several splits, its validation split.
+        settings: How it is trained.
+        classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
+        time_limit: Minutes after which no further epoch begins.
+        out: Also write the report there, as JSON.
+        device: `auto`, `cpu`, `cuda`, ...
+        seed: Of the head, the order of the images, and the views.
+    """
+    from .device import pick_device
+    from .finetuning import finetune
+
+    options: dict[str, Any] = {"classes": classes, "time_limit": time_limit, "device": pick_device(device)}
+    _show(finetune(name, train=train, val=val, seed=seed, **options, **vars(settings)), out)
 
 
 def _show(report: "Report", out: Path | None) -> None:
@@ -266,6 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
         "extract": extract_command,
         "probe": probe_command,
         "knn": knn_command,
+        "finetune": finetune_command,
         "reconstruct": reconstruct_command,
         "plot": plot_command,
     }

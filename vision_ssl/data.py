@@ -72,6 +72,42 @@ class ImageSet:
             digest=_digest(self.digest, index),
         )
 
+    def first_classes(self, count: int) -> "ImageSet":
+        """Return a copy of the images of the first `count` classes by name, which are numbered anew.
+
+        Of Tiny ImageNet, the first 100 of its sorted class ids are a usual subset.
+
+        Raises:
+            DataError: There are no labels, or fewer than `count` classes.
+        """
+        index, labels, classes = first_classes(self.labels, self.classes, count)
+        return replace(self.select(index), labels=labels, classes=classes)
+
+
+def first_classes(labels: Tensor | None, classes: Sequence[str], count: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Find what belongs to the first `count` of the sorted classes.
+
+    Args:
+        labels: int64 (n,).
+        classes: Class names in label order.
+        count: How many classes to keep, at least 1.
+
+    Returns:
+        Indices int64 (m,) of the labels to keep, their new labels int64 (m,), and the sorted class names.
+
+    Raises:
+        DataError: There are no labels, or fewer than `count` classes.
+    """
+    if labels is None:
+        raise DataError(f"classes={count}: got images without labels, expected labelled ones")
+    if not 1 <= count <= len(classes):
+        raise DataError(f"classes={count}: expected 1 to {len(classes)}, the number of classes")
+    chosen = sorted(classes)[:count]
+    number = {name: label for label, name in enumerate(chosen)}
+    new_labels = torch.tensor([number.get(name, -1) for name in classes])[labels]
+    kept = (new_labels >= 0).nonzero()[:, 0]
+    return kept, new_labels[kept], tuple(chosen)
+
 
 Source: TypeAlias = "str | os.PathLike[str] | Dataset[Any] | npt.NDArray[np.uint8] | Tensor | ImageSet"
 

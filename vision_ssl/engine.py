@@ -320,6 +320,8 @@ class Trainer:
         *,
         monitor: Callable[[nn.Module], dict[str, float]] | None,
         monitor_epochs: int,
+        keep: Callable[[int], None],
+        keep_epochs: int,
         time_limit: float | None,
         save_minutes: float,
     ) -> None:
@@ -328,6 +330,9 @@ class Trainer:
         Args:
             monitor: Looks at the model between epochs, in the first process, and returns metrics.
             monitor_epochs: Epochs between two looks.
+            keep: Keeps what it likes of the model as it is after this epoch, in the first process. It comes before the
+                checkpoint from which a resumed run goes on, which therefore misses none.
+            keep_epochs: Epochs between two of these; 0 for none.
             time_limit: Minutes.
             save_minutes: Minutes between checkpoints.
 
@@ -357,12 +362,17 @@ class Trainer:
                 if len(self.metrics.pending) >= FLUSH_STEPS:
                     bar.set_postfix(loss=f"{tensors['loss'].item():.3f}", images_per_second=facts["images_per_second"])
                     self.metrics.flush()
-                epoch, position = divmod(progress.step, self.steps_per_epoch)
-                if monitor and position == 0 and (epoch % monitor_epochs == 0 or progress.finished):
+                epoch = progress.step // self.steps_per_epoch
+                if monitor and self._due(monitor_epochs):
                     self._verify()
                     if rank() == 0:
                         self.metrics.write({"step": progress.step, "epoch": epoch, **monitor(self.model)})
                         self.model.train()
+                    last_step = time.perf_counter()
+                if self._due(keep_epochs):
+                    self._verify()
+                    if rank() == 0:
+                        keep(epoch)
                     last_step = time.perf_counter()
                 late = time_limit is not None and now - began > 60 * time_limit
                 if any_rank(stop.is_set() or late, self.device):
@@ -371,6 +381,11 @@ class Trainer:
                     self.save()
                     last_save = last_step = time.perf_counter()
             self.save()  # a first signal while this is written does not end it
+
+    def _due(self, epochs: int) -> bool:
+        """Whether what happens every so many epochs, and after the last, happens after this step; never for 0."""
+        epoch, position = divmod(self.progress.step, self.steps_per_epoch)
+        return epochs > 0 and position == 0 and (epoch % epochs == 0 or self.progress.finished)
 
 
 def _mix(*numbers: int) -> int:

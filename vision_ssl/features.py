@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import ImageSet, Preprocess, Source, Split, open_images
+from .data import ImageSet, Preprocess, Source, Split, first_classes, open_images
 from .errors import DataError
 from .storage import load_tensors, save_tensors
 
@@ -75,6 +75,15 @@ class Features:
             paths=tuple(self.paths[i] for i in index.tolist()),
             digest=hashlib.sha256(self.digest.encode() + index.numpy().tobytes()).hexdigest(),
         )
+
+    def first_classes(self, count: int) -> "Features":
+        """Return those of the first `count` classes by name, which are numbered anew.
+
+        Raises:
+            DataError: There are no labels, or fewer than `count` classes.
+        """
+        index, labels, classes = first_classes(self.labels, self.classes, count)
+        return replace(self.select(index), labels=labels, classes=classes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: `features`, `labels` if there are any, and the rest as JSON in its header.
@@ -142,18 +151,7 @@ def extract(
     """
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}: expected at least 1")
-    preprocess = getattr(encoder, "preprocess", None)
-    if not isinstance(preprocess, Preprocess):
-        raise DataError(
-            f"encoder: {type(encoder).__name__} has no preprocess: expected one from vision_ssl.load, or with "
-            "encoder.preprocess = Preprocess(size, mean, std)"
-        )
-    images = open_images(source, size=preprocess.size, split=split, cache_dir=cache_dir, require_labels=require_labels)
-    channels = images.pixels.shape[1]
-    if channels != len(preprocess.mean):
-        raise DataError(
-            f"source {images.name}: images have {channels} channels, the encoder takes {len(preprocess.mean)}"
-        )
+    images, preprocess = images_for(encoder, source, split=split, cache_dir=cache_dir, require_labels=require_labels)
     features, done = torch.empty(0), 0
     with _evaluating(encoder, device) as where, tqdm(total=len(images), **_bar(images)) as bar:
         for pixels in images.pixels.split(batch_size):
@@ -167,6 +165,34 @@ def extract(
             done += len(pixels)
             bar.update(len(pixels))
     return _features(features, images, _name(encoder))
+
+
+def images_for(
+    encoder: nn.Module,
+    source: Source,
+    *,
+    split: Split,
+    cache_dir: str | os.PathLike[str] | None,
+    require_labels: bool,
+) -> tuple[ImageSet, Preprocess]:
+    """Open a source at the size that an encoder takes; also return its preprocessing.
+
+    Raises:
+        DataError: The source cannot be read or has other channels, or the encoder lacks a `preprocess`.
+    """
+    preprocess = getattr(encoder, "preprocess", None)
+    if not isinstance(preprocess, Preprocess):
+        raise DataError(
+            f"encoder: {type(encoder).__name__} has no preprocess: expected one from vision_ssl.load, or with "
+            "encoder.preprocess = Preprocess(size, mean, std)"
+        )
+    images = open_images(source, size=preprocess.size, split=split, cache_dir=cache_dir, require_labels=require_labels)
+    channels = images.pixels.shape[1]
+    if channels != len(preprocess.mean):
+        raise DataError(
+            f"source {images.name}: images have {channels} channels, the encoder takes {len(preprocess.mean)}"
+        )
+    return images, preprocess
 
 
 def pixel_features(

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,8 +39,19 @@ class Classifier(NamedTuple):
 
     def predict(self, features: Tensor) -> Tensor:
         """Return the class with the largest logit, int64 (n,), for features (n, D)."""
-        blocks = features.split(max(1, BLOCK // max(self.weight.shape)))
-        return torch.cat([((block - self.mean) @ self.weight + self.bias).argmax(dim=1) for block in blocks])
+        return torch.cat([self._logits(block).argmax(dim=1) for block in self._blocks(features)])
+
+    def cross_entropy(self, features: Tensor, labels: Tensor) -> float:
+        """Return the mean cross-entropy, nats, of features (n, D) with labels int64 (n,)."""
+        blocks = zip(self._blocks(features), self._blocks(labels), strict=True)
+        total = sum(F.cross_entropy(self._logits(block), target, reduction="sum").item() for block, target in blocks)
+        return total / len(labels)
+
+    def _blocks(self, rows: Tensor) -> Iterator[Tensor]:
+        yield from rows.split(max(1, BLOCK // max(self.weight.shape)))
+
+    def _logits(self, features: Tensor) -> Tensor:
+        return (features - self.mean) @ self.weight + self.bias
 
 
 def logistic_regression(features: Tensor, labels: Tensor, n_classes: int, l2: float) -> Classifier:
@@ -85,12 +97,7 @@ def choose_l2(features: Tensor, labels: Tensor, n_classes: int, seed: int) -> di
     part = torch.arange(len(labels))
     if len(labels) > SELECTION_IMAGES:
         part = part[_stratified(labels, SELECTION_IMAGES / len(labels), generator)]
-    held = _stratified(labels[part], HELD_OUT, generator)
-    if not held.any():
-        raise DataError(
-            f"train: {len(labels):,} images of as many classes, expected two of a class, so that one can be held "
-            "out to choose l2"
-        )
+    held = hold_out(labels[part], generator)
     fit, held_out = part[~held], part[held]
     axes = _Axes.of(features[fit])
     fit_features, held_features = axes.project(features[fit]), axes.project(features[held_out])
@@ -110,6 +117,21 @@ def choose_l2(features: Tensor, labels: Tensor, n_classes: int, seed: int) -> di
         "selection_fitted_on": len(fit),
         "selection_scored_on": len(held_out),
     }
+
+
+def hold_out(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Mask (n,) of the training images, `HELD_OUT` of each class, by which a setting is chosen.
+
+    Raises:
+        DataError: No class has two images.
+    """
+    held = _stratified(labels, HELD_OUT, generator)
+    if not held.any():
+        raise DataError(
+            f"train: {len(labels):,} images of as many classes, expected two of a class, so that one can be held "
+            "out to choose by"
+        )
+    return held
 
 
 def _stratified(labels: Tensor, fraction: float, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where and how a run happens, as plain frozen data; and checks of such data, the recipes' too."""
+"""Where and how a run or a fine-tuning happens, as plain frozen data; and checks of such data, the recipes' too."""
 
 import sys
 from collections.abc import Iterable
@@ -36,6 +36,8 @@ class RunOptions:
         save_minutes: Minutes between checkpoints.
         knn_epochs: Epochs between kNN accuracies, where labels exist, on a split of the training images (the encoder
             trains on all of them); 0 for never.
+        keep_epochs: Epochs between encoders that are kept as weights in `epochs/0005` and so on, and after the last
+            epoch; 0 for none.
     """
 
     out: str | None = None
@@ -51,15 +53,63 @@ class RunOptions:
     cache_size: int | None = None
     save_minutes: float = 10.0
     knn_epochs: int = 5
+    keep_epochs: int = 0
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_counts(self, "cache_size")
-        check_numbers(self, "time_limit", "save_minutes", "knn_epochs")
+        check_numbers(self, "time_limit", "save_minutes", "knn_epochs", "keep_epochs")
 
     def directory(self, recipe: "Recipe") -> Path:
         """Where a run of this recipe goes."""
         return Path(self.out or f"runs/{recipe.method}-{recipe.encoder}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """How an encoder is fine-tuned. Defaults are MAE's (He et al. 2022, appendix A.1, table 9) where it names one.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images in a step.
+        base_lr: Learning rate of the head per 256 images.
+        layer_decay: Learning rate of each layer, as a share of that of the layer after it.
+        weight_decay: Weight decay of everything but biases, norms and tokens.
+        warmup_epochs: Epochs of linear warm-up, before a cosine to zero; by default a twentieth of all.
+        drop_path: Probability of skipping the last residual branch; it falls linearly to 0 at the first.
+        mixup: Parameter of the beta distribution of mixup; 0 for none.
+        cutmix: Likewise of CutMix; of the two, each batch takes one at random.
+        label_smoothing: Share of a target that is spread over all classes.
+        erase: Probability of random erasing.
+    """
+
+    epochs: int = 50
+    batch_size: int = 256
+    base_lr: float = 1e-3
+    layer_decay: float = 0.75
+    weight_decay: float = 0.05
+    warmup_epochs: float | None = None
+    drop_path: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+    erase: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_counts(self, "epochs", "batch_size")
+        check_numbers(self, "base_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix")
+        check_numbers(self, "layer_decay", "label_smoothing", "erase", most=1)
+        check(self, "drop_path", 0 <= self.drop_path < 1, "a number in [0, 1)")
+
+    @classmethod
+    def of(cls, **settings: Any) -> "FineTuning":
+        """Build it from keywords, refusing unknown ones with the nearest known name.
+
+        Raises:
+            RecipeError: A keyword is not a field.
+        """
+        check_names("finetune", settings, [item.name for item in fields(cls)])
+        return cls(**settings)
 
 
 def check_names(owner: str, given: Iterable[str], known: list[str]) -> None:

@@ -81,6 +81,36 @@ def read_metrics(run: str | os.PathLike[str]) -> Sequence[Record]:
     return records
 
 
+def probe_curve(rows: Sequence[Record], title: str, out: str | os.PathLike[str]) -> Path:
+    """Draw how a probe improves over the epochs of a run.
+
+    Args:
+        rows: For each epoch measured, `epoch`, `loss` (nats), `accuracy` and `val_accuracy` (percent).
+        title: Stands above.
+        out: Where the picture goes; the suffix chooses the format.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = _figure(7, 5)
+    above, below = figure.subplots(2, sharex=True)
+    epochs = _column(rows, "epoch")
+    _clean(above, "training loss")
+    above.plot(epochs, _column(rows, "loss"), color=BLUE, marker="o", markersize=4, linewidth=1.8)
+    _clean(below, "accuracy (%)")
+    for name, label, colour in (("accuracy", "training", SKY), ("val_accuracy", "validation", GREEN)):
+        below.plot(epochs, _column(rows, name), color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+    below.set_ylim(bottom=0)
+    below.set_xlabel("epoch")
+    below.legend(frameon=False)
+    figure.align_ylabels()
+    figure.suptitle(title)
+    return _save(figure, out)
+
+
 def reconstruction(original: "Tensor", masked: "Tensor", reconstructed: "Tensor", out: str | os.PathLike[str]) -> Path:
     """Draw what MAE was shown and what it made of it: one row an image.
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .options import RunOptions
     from .recipes import Recipe
 
-RUN_FILE, WEIGHTS_FOLDER = "run.json", "weights"
+RUN_FILE, WEIGHTS_FOLDER, EPOCHS_FOLDER = "run.json", "weights", "epochs"
 KNN_IMAGES = 10_000  # of the training images, for the accuracy that is logged between epochs
 
 
@@ -68,6 +68,12 @@ class Run:
     def encoder(self) -> hub.Encoder:
         """The encoder as it was last exported, in eval mode."""
         return hub.load(self.directory / WEIGHTS_FOLDER)
+
+    @property
+    def kept(self) -> dict[int, Path]:
+        """Folders of the encoders that were kept, as `load` takes them, by epoch."""
+        configs = sorted(self.directory.glob(f"{EPOCHS_FOLDER}/[0-9]*/{hub.CONFIG_FILE}"))
+        return {int(config.parent.name): config.parent for config in configs}
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -120,7 +126,8 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
             compile=options.compile,
             facts={"images": images.digest},
         )
-        commit = commit_of_package()  # now: the files may change while it trains
+        # The commit of now: the files may change while it trains.
+        card = partial(_card, recipe, images, trainer, options, commit_of_package())
         if options.resume:
             trainer.resume()
         cost = trainer.estimate()  # in every process: the loss may need them all
@@ -132,15 +139,20 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
             _announce(recipe, images, trainer, run, *cost)
         if not options.resume:
             trainer.save()  # from here on the run can be resumed, whatever happens to it; and a full disk shows now
+
+        def keep(epoch: int) -> None:
+            hub.save(run.directory / EPOCHS_FOLDER / f"{epoch:04d}", encoder, spec, card=card())
+
         trainer.fit(
             monitor=_knn_monitor(images, options) if options.knn_epochs > 0 else None,
             monitor_epochs=options.knn_epochs,
+            keep=keep,
+            keep_epochs=options.keep_epochs,
             time_limit=options.time_limit,
             save_minutes=options.save_minutes,
         )
         if rank() == 0:
-            card = _card(recipe, images, trainer, options, commit)
-            hub.save(run.directory / WEIGHTS_FOLDER, encoder, spec, card=card, head=cast(nn.Module, model.head))
+            hub.save(run.directory / WEIGHTS_FOLDER, encoder, spec, card=card(), head=cast(nn.Module, model.head))
             if not trainer.progress.finished:
                 _say(f"stopped at step {trainer.progress.step:,} of {trainer.progress.steps:,}; to go on:")
                 _say(f"  {_how_to_go_on(recipe, source, options, run)}")

@@ -1,26 +1,30 @@
 """Probes: how well a simple classifier on frozen features tells classes apart.
 
-The linear probe and kNN are fitted on training images and scored on others. `resubstitution` scores on the images
+The linear probes and kNN are fitted on training images and scored on others. `resubstitution` scores on the images
 that it was fitted on: it shows how well a classifier memorises, not how good the features are.
 """
 
 import os
 import warnings
 from itertools import zip_longest
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import first_few
-from .data import Source, Split
+from .data import ImageSet, Source, Split
 from .errors import DataError, RecipeError
 from .features import Features, extract
-from .logistic import choose_l2, logistic_regression
+from .linear_sgd import STUDY_B, SWEEP, SGDProbe, sgd_classifier
+from .logistic import Classifier, choose_l2, logistic_regression
 from .report import RESUBSTITUTION, Report
 
-Protocol = Literal["linear", "knn", "resubstitution"]
+Protocol = Literal["linear", "linear-sgd", "linear-sgd-study-b", "knn", "resubstitution"]
+Metric = Literal["cosine", "euclidean"]
+
+SGD_PROBES = {probe.protocol: probe for probe in (SWEEP, STUDY_B)}
 
 MEMORISING_L2 = 1e-4  # of resubstitution
 
@@ -48,27 +52,70 @@ def linear(train: Features, val: Features, *, seed: int = 0) -> Report:
     Warns:
         UserWarning: `val` has a class that `train` lacks, or the solver ran out of iterations.
     """
-    train_labels = _check_pair(train, val)
+    train_labels = check_pair(train, val)
     n_classes = len(train.classes)
     settings = choose_l2(train.features, train_labels, n_classes, seed)
     classifier = logistic_regression(train.features, train_labels, n_classes, settings["l2"])
-    train_accuracy = _accuracy(classifier.predict(train.features), train_labels)
-    predictions = classifier.predict(val.features)
-    return _report("linear", predictions, train, val, train_accuracy, settings, seed)
+    return _linear_report("linear", classifier, train, val, settings, seed)
 
 
-def knn(train: Features, val: Features, *, k: int = 20, temperature: float | None = 0.07, seed: int = 0) -> Report:
-    """Classify each image by a vote of its k nearest training images, by cosine similarity.
+def linear_sgd(
+    train: Features,
+    val: Features,
+    *,
+    probe: SGDProbe = SWEEP,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> Report:
+    """Train a linear classifier on training features by stochastic gradient descent, and score it on others.
 
-    A neighbour's vote weighs exp(similarity / temperature) (Wu et al. 2018, "Unsupervised Feature Learning via
+    By default its learning rate comes from a logarithmic grid, by the accuracy on a held-out fifth of the training
+    images; `STUDY_B` has one learning rate and chooses nothing. Validation images serve for nothing but the scores.
+
+    Args:
+        train: Features to train on, with labels.
+        val: Features of other images, with labels of the same classes.
+        probe: How the classifier is trained.
+        device: Where; by default on the CPU.
+        seed: Of the weights, the batches, the held-out split and the bootstrap.
+
+    Raises:
+        DataError: Labels are missing, or the two do not fit together.
+
+    Warns:
+        UserWarning: `val` has a class that `train` lacks.
+    """
+    labels = check_pair(train, val)
+    classifier, settings = sgd_classifier(
+        train.features, labels, len(train.classes), probe, seed=seed, device=device or "cpu"
+    )
+    return _linear_report(probe.protocol, classifier, train, val, settings, seed)
+
+
+def knn(
+    train: Features,
+    val: Features,
+    *,
+    k: int = 20,
+    temperature: float | None = 0.07,
+    metric: Metric = "cosine",
+    seed: int = 0,
+) -> Report:
+    """Classify each image by a vote of its k nearest training images.
+
+    A neighbour's vote weighs exp(cosine similarity / temperature) (Wu et al. 2018, "Unsupervised Feature Learning via
     Non-Parametric Instance Discrimination", section 3.4). Of equally near neighbours the first in `train` counts,
     of classes with equal votes the first.
+
+    Published figures often count votes alike: k = 10 by cosine similarity (dkobak/simclr-cifar10), or k = 5 by
+    Euclidean distance of features that are not normalised (W-MSE, CW-RGP).
 
     Args:
         train: Features to look for neighbours in, with labels.
         val: Features of other images, with labels of the same classes.
         k: Number of neighbours.
         temperature: Above 0; None counts every neighbour's vote alike.
+        metric: "cosine", or "euclidean" with votes that count alike.
         seed: Of the bootstrap.
 
     Raises:
@@ -82,23 +129,34 @@ def knn(train: Features, val: Features, *, k: int = 20, temperature: float | Non
         raise RecipeError(f"k={k}: expected 1 to {len(train):,}, the number of training images")
     if temperature is not None and not temperature > 0:
         raise RecipeError(f"temperature={temperature}: expected above 0, or None for votes of equal weight")
-    labels = _check_pair(train, val)
-    index = F.normalize(train.features)
+    if metric not in get_args(Metric):
+        raise RecipeError(f"metric={metric!r}: expected 'cosine' or 'euclidean'")
+    if metric == "euclidean" and temperature is not None:
+        raise RecipeError(f"temperature={temperature}: expected None, since votes by Euclidean distance count alike")
+    labels = check_pair(train, val)
+    index, queries = train.features, val.features
+    if metric == "cosine":
+        index, queries = F.normalize(index), F.normalize(queries)
+    else:  # (q, 1) . (x, -|x|^2 / 2) = (|q|^2 - |q - x|^2) / 2
+        index = torch.cat([index, index.square().sum(dim=1, keepdim=True) / -2], dim=1)
+        queries = F.pad(queries, (0, 1), value=1.0)
     rows = min(max(1, BLOCK // len(train)), QUERIES)
     similarity = index.new_empty(rows, len(train))  # one for all blocks: fresh memory takes as long as the topk
     predictions = [
         _vote(
-            torch.mm(F.normalize(queries), index.T, out=similarity[: len(queries)]),
+            torch.mm(block, index.T, out=similarity[: len(block)]),
             labels,
             len(train.classes),
             k,
             temperature,
         )
-        for queries in val.features.split(rows)
+        for block in queries.split(rows)
     ]
-    protocol = f"knn-{k}" if temperature is not None else f"knn-{k}-unweighted"
-    settings = {"k": k, "temperature": temperature}
-    return _report(protocol, torch.cat(predictions), train, val, None, settings, seed)
+    protocol = (
+        f"knn-{k}" + ("-unweighted" if temperature is None else "") + ("" if metric == "cosine" else f"-{metric}")
+    )
+    settings = {"k": k, "temperature": temperature, "metric": metric}
+    return _report(protocol, torch.cat(predictions), train, val, settings, seed)
 
 
 def resubstitution(features: Features, *, seed: int = 0) -> Report:
@@ -125,9 +183,7 @@ def resubstitution(features: Features, *, seed: int = 0) -> Report:
     labels = _check_fit(features, "features")
     settings = {"l2": MEMORISING_L2}
     classifier = logistic_regression(features.features, labels, len(features.classes), settings["l2"])
-    predictions = classifier.predict(features.features)
-    accuracy = _accuracy(predictions, labels)
-    return _report(RESUBSTITUTION, predictions, features, features, accuracy, settings, seed)
+    return _linear_report(RESUBSTITUTION, classifier, features, features, settings, seed)
 
 
 def evaluate(
@@ -137,6 +193,9 @@ def evaluate(
     val: "Source | Features",
     protocol: Protocol = "linear",
     k: int = 20,
+    temperature: float | None = 0.07,
+    metric: Metric = "cosine",
+    classes: int | None = None,
     device: str | torch.device | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -147,9 +206,13 @@ def evaluate(
         encoder: A frozen encoder, as `extract` takes it.
         train: Labelled images to fit on (of a source with several splits, "train"), or their features.
         val: Labelled images to score on (of a source with several splits, "val"), or their features.
-        protocol: "linear", "knn", or "resubstitution", which fits and scores on `val` and never opens `train`.
+        protocol: "linear"; "linear-sgd" or "linear-sgd-study-b", which train it by SGD; "knn"; or "resubstitution",
+            which fits and scores on `val` and never opens `train`.
         k: Neighbours that vote in "knn".
-        device: Where the encoder computes; by default where it is.
+        temperature: Of their votes; see `knn`.
+        metric: By which they are near; see `knn`.
+        classes: Only the first so many classes by name take part; by default all.
+        device: Where the encoder and SGD compute; by default where the encoder is, and on the CPU.
         cache_dir: Where the decoded images are kept.
         seed: See the protocol.
 
@@ -159,52 +222,42 @@ def evaluate(
     """
 
     def features(source: "Source | Features", split: Split) -> Features:
-        if isinstance(source, Features):
-            return source
-        return extract(encoder, source, split=split, device=device, cache_dir=cache_dir, require_labels=True)
+        found = source
+        if not isinstance(found, Features):
+            found = extract(encoder, found, split=split, device=device, cache_dir=cache_dir, require_labels=True)
+        return found if classes is None else found.first_classes(classes)
 
     if protocol == "linear":
         return linear(features(train, "train"), features(val, "val"), seed=seed)
+    if protocol in SGD_PROBES:
+        probe = SGD_PROBES[protocol]
+        return linear_sgd(features(train, "train"), features(val, "val"), probe=probe, device=device, seed=seed)
     if protocol == "knn":
-        return knn(features(train, "train"), features(val, "val"), k=k, seed=seed)
+        settings: dict[str, Any] = {"k": k, "temperature": temperature, "metric": metric}
+        return knn(features(train, "train"), features(val, "val"), **settings, seed=seed)
     if protocol == "resubstitution":
         return resubstitution(features(val, "val"), seed=seed)
-    raise RecipeError(f"protocol={protocol!r}: expected 'linear', 'knn' or 'resubstitution'")
+    raise RecipeError(f"protocol={protocol!r}: expected one of {', '.join(get_args(Protocol))}")
 
 
-def _check(features: Features, name: str) -> Tensor:
-    """Return the labels of features that a probe can use."""
-    if features.labels is None:
-        raise DataError(f"{name}: got {len(features):,} features without labels, expected labelled ones")
-    bad = ~features.features.isfinite().all(dim=1)
-    if bad.any():
-        where = features.paths[int(bad.int().argmax())]
-        raise DataError(
-            f"{name}: {int(bad.sum()):,} of {len(features):,} features hold NaN or infinity, the first is of {where}"
-        )
-    return features.labels
+def check_pair(train: Features | ImageSet, val: Features | ImageSet) -> Tensor:
+    """Return the training labels of two sets, of features or images, that fit together.
 
+    Raises:
+        DataError: They do not.
 
-def _check_fit(features: Features, name: str) -> Tensor:
-    """Return the labels of features that a classifier can be fitted on."""
-    labels = _check(features, name)
-    found = labels.unique()
-    if len(found) < 2:
-        raise DataError(f"{name}: {len(features):,} features of {len(found)} class, expected at least 2 classes")
-    return labels
-
-
-def _check_pair(train: Features, val: Features) -> Tensor:
-    """Return the training labels of two sets that fit together."""
+    Warns:
+        UserWarning: `val` has a class that `train` lacks.
+    """
     train_labels, val_labels = _check_fit(train, "train"), _check(val, "val")
     if train.classes != val.classes:
         pairs = enumerate(zip_longest(val.classes, train.classes))
         label, (ours, theirs) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
         raise DataError(f"val: class {label} is {ours!r}, expected {theirs!r} as in train")
-    if train.features.shape[1] != val.features.shape[1]:
-        raise DataError(
-            f"val: features have width {val.features.shape[1]}, expected {train.features.shape[1]} as in train"
-        )
+    if isinstance(train, Features) and isinstance(val, Features):
+        width, expected = val.features.shape[1], train.features.shape[1]
+        if width != expected:
+            raise DataError(f"val: features have width {width}, expected {expected} as in train")
     if train.digest == val.digest:
         raise DataError("val: holds the same images as train, expected others; to score on them, use resubstitution")
     lacking = ~torch.isin(val_labels, train_labels)
@@ -217,14 +270,40 @@ def _check_pair(train: Features, val: Features) -> Tensor:
     return train_labels
 
 
+def _check(images: Features | ImageSet, name: str) -> Tensor:
+    """Return the labels of images, or of features that a probe can use."""
+    what = "features" if isinstance(images, Features) else "images"
+    if images.labels is None:
+        raise DataError(f"{name}: got {len(images):,} {what} without labels, expected labelled ones")
+    if isinstance(images, Features):
+        bad = ~images.features.isfinite().all(dim=1)
+        if bad.any():
+            where = images.paths[int(bad.int().argmax())]
+            raise DataError(
+                f"{name}: {int(bad.sum()):,} of {len(images):,} features hold NaN or infinity, the first is of {where}"
+            )
+    return images.labels
+
+
+def _check_fit(images: Features | ImageSet, name: str) -> Tensor:
+    """Return the labels of what a classifier can be fitted on."""
+    labels = _check(images, name)
+    found = labels.unique()
+    if len(found) < 2:
+        raise DataError(f"{name}: {len(images):,} images of {len(found)} class, expected at least 2 classes")
+    return labels
+
+
 def _report(
     protocol: str,
     predictions: Tensor,
     train: Features,
     val: Features,
-    train_accuracy: float | None,
     settings: dict[str, Any],
     seed: int,
+    *,
+    train_accuracy: float | None = None,
+    train_loss: float | None = None,
 ) -> Report:
     return Report.score(
         protocol,
@@ -237,11 +316,18 @@ def _report(
         seed=seed,
         train_digest=train.digest,
         val_digest=val.digest,
+        train_loss=train_loss,
     )
 
 
-def _accuracy(predictions: Tensor, labels: Tensor) -> float:
-    return 100 * float((predictions == labels).double().mean())
+def _linear_report(
+    protocol: str, classifier: Classifier, train: Features, val: Features, settings: dict[str, Any], seed: int
+) -> Report:
+    labels = cast(Tensor, train.labels)
+    accuracy = 100 * float((classifier.predict(train.features) == labels).double().mean())
+    loss = classifier.cross_entropy(train.features, labels)
+    predictions = classifier.predict(val.features)
+    return _report(protocol, predictions, train, val, settings, seed, train_accuracy=accuracy, train_loss=loss)
 
 
 def _vote(similarity: Tensor, labels: Tensor, n_classes: int, k: int, temperature: float | None) -> Tensor:

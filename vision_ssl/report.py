@@ -38,7 +38,7 @@ class Report:
     """The outcome of a probe.
 
     Attributes:
-        protocol: How it was measured: "linear", "knn-20", "resubstitution".
+        protocol: How it was measured: "linear", "knn-20", "finetune", "resubstitution".
         accuracy: Test images that were classified correctly, percent.
         macro_f1: Mean over classes of their F1, 0..1; see `macro_f1`.
         interval: 95 % bootstrap interval of `accuracy` over the test images, percent.
@@ -52,6 +52,7 @@ class Report:
         val_digest: Likewise of the test images.
         predictions: Class of each test image as predicted, int64 (n_val,).
         targets: Class of each test image, int64 (n_val,).
+        train_loss: Mean cross-entropy on the training images, nats; None where the protocol has none.
     """
 
     protocol: str
@@ -68,6 +69,7 @@ class Report:
     val_digest: str
     predictions: Labels = field(repr=False)
     targets: Labels = field(repr=False)
+    train_loss: float | None = None
 
     @classmethod
     def score(
@@ -83,6 +85,7 @@ class Report:
         seed: int,
         train_digest: str,
         val_digest: str,
+        train_loss: float | None = None,
     ) -> "Report":
         """Work out all scores from the predictions.
 
@@ -97,6 +100,7 @@ class Report:
             seed: Of the bootstrap.
             train_digest: Digest of the training images.
             val_digest: Digest of the test images.
+            train_loss: Nats, or None.
 
         Raises:
             DataError: The arrays differ in length, are empty, or hold a label that has no class.
@@ -126,6 +130,7 @@ class Report:
             val_digest=val_digest,
             predictions=predictions,
             targets=targets,
+            train_loss=train_loss,
         )
 
     def __str__(self) -> str:
