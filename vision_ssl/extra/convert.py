@@ -96,8 +96,9 @@ def convert(
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise WeightsError(f"out={str(directory)!r} is there already: expected a new or an empty folder")
     checkpoint = read_checkpoint(path)
-    tensors, settings = flatten(checkpoint), _settings(checkpoint, path.parent / "config.json")
+    settings = _settings(checkpoint, path.parent / "config.json")
     try:
+        tensors = flatten(checkpoint)
         found = _find_encoder(tensors)
         spec, encoder = _build(found, stem, image_size)
         if found.layout is TRANSFORMERS:

@@ -38,9 +38,9 @@ def infer_resnet(tensors: dict[str, Tensor], *, stem: str | None, image_size: in
         kind, counts = "bottleneck" if blocks[0] else "basic", "-".join(map(str, blocks[1]))
         raise WeightsError(f"a ResNet of {counts} {kind} blocks is none of ours: expected {', '.join(RESNETS)}")
     if conv.shape[2:] == (7, 7):
-        fitting = ("7x7",)
+        fitting = ["7x7"]
     elif conv.shape[2:] == (3, 3):
-        fitting = ("3x3", "3x3-nopool") if image_size and image_size > 40 else ("3x3-nopool", "3x3")
+        fitting = ["3x3", "3x3-nopool"] if image_size and image_size > 40 else ["3x3-nopool", "3x3"]
     else:
         raise WeightsError(f"'conv1.weight' is {tuple(conv.shape)}: expected a kernel of 7 x 7 or 3 x 3")
     stem = stem or fitting[0]

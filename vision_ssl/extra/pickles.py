@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         except CheckpointError as error:
             raise WeightsError(str(error)) from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd about the file is no news: it is read, or refused
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the bytes are anybody's, and so is the kind of what they make torch raise
         raise WeightsError(_refusal(path, error)) from error
