@@ -886,7 +886,15 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_a_dictionary_that_holds_itself() -> None:
     checkpoint: dict[str, Any] = {"x": torch.zeros(1), "inside": {"y": torch.ones(1)}}
     checkpoint["inside"]["again"] = checkpoint
-    assert flatten(checkpoint) == {"x": torch.zeros(1), "inside.y": torch.ones(1)}
+    checkpoint["states"] = [{"z": torch.ones(1)}, 5]
+    assert list(flatten(checkpoint)) == ["x", "inside.y", "states.0.z"]
+
+
+def test_a_dictionary_far_below_others() -> None:
+    checkpoint: dict[str, Any] = {"x": torch.zeros(1)}
+    for _ in range(5000):
+        checkpoint = {"a": checkpoint}
+    assert list(flatten(checkpoint)) == ["a." * 5000 + "x"]
 
 
 def test_safetensors_are_read_too(tmp_path: Path, vit_state: State) -> None:

@@ -105,11 +105,12 @@ def convert(
             _check_settings(settings, encoder)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
+    # A ViT's projector, if there is one, was trained on pooled features other than ours.
     head = find_decoder(tensors, encoder, spec, settings) if spec.is_vit else find_projector(tensors, encoder)
-    published = _is_mae(found, head)
+    is_mae = _is_mae(found, head)
     conversion = Conversion(
         directory,
-        recognised=("facebookresearch/mae" if published else found.layout.label)
+        recognised=("facebookresearch/mae" if is_mae else found.layout.label)
         + (f", below {found.prefix!r}" if found.prefix else ""),
         encoder=f"{spec.name}, {spec.layout}, at {spec.image_size} px",
         head=head.description if head else "",
@@ -119,7 +120,7 @@ def convert(
             *_input_notes(found, spec, settings, stem=stem, image_size=image_size),
             *([head.note] if head and head.note else []),
         ),
-        licence=MAE_LICENCE if published else UNKNOWN_LICENCE,
+        licence=MAE_LICENCE if is_mae else UNKNOWN_LICENCE,
     )
     card = {
         **(head.facts if head else {}),

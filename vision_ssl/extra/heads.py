@@ -15,7 +15,6 @@ from .layouts import DECODER, PROJECTORS, Found, Layout
 _READS = ("attn.qkv.weight", "mlp.fc1.weight", "pixels.weight")
 _APART = ("attn.qkv.bias", "mlp.fc1.bias", "pixels.bias")
 
-
 # Counters of batches, on which no output depends; old files lack them.
 MAY_LACK = r".*num_batches_tracked$"
 
@@ -46,13 +45,15 @@ def find_projector(tensors: dict[str, Tensor], encoder: nn.Module) -> Head | Non
         if found is None:
             continue
         own, norm = found.tensors, "1.weight" in found.tensors
-        widths = [len(own[name]) for name in ("0.weight", "3.weight" if norm else "2.weight") if name in own]
-        if len(widths) < 2:
+        linear = [own[name] for name in ("0.weight", "3.weight" if norm else "2.weight") if name in own]
+        if len(linear) < 2 or not all(tensor.ndim == 2 for tensor in linear):
             continue
-        model = SimCLRModel(encoder, hidden=widths[0], dim=widths[1], norm=norm, temperature=1.0)
-        if _fill(model.head, own):
-            description = f"{layout.label} projector, {widths[0]} to {widths[1]}{' with BatchNorm' if norm else ''}"
-            return Head(model.head, found, description, {"method": "simclr"})
+        hidden, dim = map(len, linear)
+        head = SimCLRModel(encoder, hidden=hidden, dim=dim, norm=norm, temperature=1.0).head
+        if not misfits(own, head, may_lack=MAY_LACK):
+            head.load_state_dict(own, strict=False)
+            description = f"{layout.label} projector, {hidden} to {dim}{' with BatchNorm' if norm else ''}"
+            return Head(head, found, description, {"method": "simclr"})
     return None
 
 
@@ -73,24 +74,30 @@ def find_decoder(
     found = _only(DECODER, tensors)
     if found is None or not {"position", "pixels.bias"} <= found.tensors.keys():
         return None
-    own, dim = dict(found.tensors), len(found.tensors["embed.weight"])
+    own = dict(found.tensors)
+    position, dim = own.pop("position"), own["embed.weight"].shape[:1].numel()
     assumed = {"decoder_num_attention_heads": max(1, dim // 32), "norm_pix_loss": True}
     known = {name: settings[name] for name, value in assumed.items() if type(settings.get(name)) is type(value)}
     heads, norm_pix = (assumed | known).values()
     depth = sum(name.endswith(".norm1.weight") for name in own)
     if heads < 1 or dim % (4 * heads) or not depth:
         return None
-    grid = spec.image_size // spec.args["patch_size"]
     decoder = TransformerDecoder(
-        width=feature_dim(encoder), grid=grid, pixels=len(own["pixels.bias"]), dim=dim, depth=depth, heads=heads
+        width=feature_dim(encoder),
+        grid=spec.image_size // spec.args["patch_size"],
+        pixels=own["pixels.bias"].numel(),
+        dim=dim,
+        depth=depth,
+        heads=heads,
     )
-    position, ours = own.pop("position"), cast(Tensor, decoder.position)
+    if misfits(own, decoder):
+        return None
+    ours = cast(Tensor, decoder.position)
     if same_table(position, swap_halves(ours, -1)):
         own = _columns_last(own)
     elif not same_table(position, ours):
         return None
-    if not _fill(decoder, own):
-        return None
+    decoder.load_state_dict(own)
     recipe = {
         "method": "mae",
         "encoder": spec.name,
@@ -138,11 +145,3 @@ def _columns_last(decoder: dict[str, Tensor]) -> dict[str, Tensor]:
 def _only(layout: Layout, tensors: dict[str, Tensor]) -> Found | None:
     prefixes = layout.prefixes(tensors)
     return layout.find(tensors, prefixes[0]) if len(prefixes) == 1 else None
-
-
-def _fill(head: nn.Module, tensors: dict[str, Tensor]) -> bool:
-    """Load tensors into a head, if they fit."""
-    if misfits(tensors, head, may_lack=MAY_LACK):
-        return False
-    head.load_state_dict(tensors, strict=False)
-    return True

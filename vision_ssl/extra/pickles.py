@@ -3,7 +3,7 @@
 import argparse
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,32 +55,29 @@ def _refusal(path: Path, error: Exception) -> str:
 
 
 def flatten(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of nested dictionaries by dotted names, without the wrappers `module.` and `_orig_mod.`.
+    """The tensors of nested dictionaries and lists by dotted names, without the wrappers `module.` and `_orig_mod.`.
 
-    DataParallel and torch.compile add these wherever they wrap a module. A dictionary that is met twice counts once.
+    DataParallel and torch.compile add these wherever they wrap a module. What is met twice counts once.
 
     Raises:
         WeightsError: There are no tensors, one of them is not plain, or two get the same name.
     """
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _leaves(checkpoint, "", set()):
-        plain = re.sub(r"(?<![^.])(?:module|_orig_mod)\.", "", name)
-        if plain in tensors:
-            raise WeightsError(f"{name!r} is there with and without its wrapper: expected each tensor once")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
-            raise WeightsError(f"{name!r} is a {tensor.type()}: expected a plain tensor of real numbers")
-        tensors[plain] = tensor
+    nodes: list[tuple[str, Any]] = [("", checkpoint)]
+    seen = set()  # a pickle may hold itself
+    while nodes:
+        path, node = nodes.pop()
+        if isinstance(node, Tensor):
+            name = re.sub(r"(?<![^.])(?:module|_orig_mod)\.", "", path)
+            if name in tensors:
+                raise WeightsError(f"{path!r} is there with and without its wrapper: expected each tensor once")
+            if node.layout != torch.strided or node.device.type != "cpu" or node.is_quantized or node.is_complex():
+                raise WeightsError(f"{path!r} is a {node.type()}: expected a plain tensor of real numbers")
+            tensors[name] = node
+        elif isinstance(node, Mapping | list | tuple) and id(node) not in seen:
+            seen.add(id(node))
+            inside = node.items() if isinstance(node, Mapping) else enumerate(node)
+            nodes += reversed([(f"{path}.{key}" if path else str(key), value) for key, value in inside])
     if not tensors:
         raise WeightsError("the file holds no tensors by name: expected a state dict")
     return tensors
-
-
-def _leaves(node: Mapping[str, Any], path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    if id(node) in seen:  # a pickle may hold itself
-        return
-    seen.add(id(node))
-    for key, value in node.items():
-        if isinstance(value, Tensor):
-            yield f"{path}{key}", value
-        elif isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{key}.", seen)
