@@ -20,7 +20,7 @@ MODULES = {
 LEVELS = """
 __main__
 cli
-extra.convert
+extra.convert extra.export
 extra.heads extra.infer extra.pickles
 extra.layouts
 demo

@@ -20,7 +20,7 @@ import vision_ssl
 from vision_ssl import cli, hub
 from vision_ssl.data import photographs
 from vision_ssl.encoders import ENCODERS, RESNETS, resolve_encoder
-from vision_ssl.errors import VisionSSLError, WeightsError
+from vision_ssl.errors import CheckpointError, VisionSSLError, WeightsError
 from vision_ssl.extra.convert import Conversion, convert
 from vision_ssl.extra.infer import infer_resnet, infer_vit
 from vision_ssl.extra.layouts import ENCODERS as ENCODER_LAYOUTS
@@ -484,6 +484,15 @@ def test_the_small_stem_that_is_asked_for(tmp_path: Path, max_pool: bool) -> Non
     assert (said in result.notes) == (not max_pool)
 
 
+def test_a_layout_without_a_max_pool_never_has_one(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        original = SmallResNet()
+    result, _ = converted(small_file(original.state_dict()), tmp_path, image_size=64)
+    assert result.encoder == "resnet18, stem 3x3-nopool, at 64 px"
+    assert result.left_out == ("linear (2 tensors)",)
+    assert result.notes == ()
+
+
 @torch.no_grad()
 def test_the_wider_padding_of_solo_learn_is_said(tmp_path: Path) -> None:
     original = small_stem(resnet(), max_pool=False, padding=2)
@@ -908,9 +917,9 @@ def test_other_weights_are_not_overwritten(tmp_path: Path, vit_state: State) -> 
     converted(vit_state, tmp_path)  # an empty folder is as good as none
     before = (tmp_path / "weights" / "config.json").read_text()
     torch.save(vit_state, tmp_path / "file.pth")
-    with pytest.raises(WeightsError, match="is there already: expected a new or an empty folder"):
+    with pytest.raises(CheckpointError, match="is there already: expected a new or an empty folder"):
         convert(tmp_path / "file.pth", tmp_path / "weights")
-    with pytest.raises(WeightsError, match="is there already"):
+    with pytest.raises(CheckpointError, match="is there already"):
         convert(tmp_path / "file.pth", tmp_path / "file.pth")
     assert (tmp_path / "weights" / "config.json").read_text() == before
 

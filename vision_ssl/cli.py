@@ -212,6 +212,26 @@ def import_command(
     print(convert(file, out, stem=stem, image_size=image_size))
 
 
+def export_command(
+    name: Name,
+    /,
+    *,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    format: Literal["transformers", "onnx", "torch.export"],
+) -> None:
+    """Write an encoder in the form of another program; ONNX and torch.export are run and compared with it.
+
+    Args:
+        name: A model, the directory of a run, or a folder of weights.
+        out: Folder to write to, new or empty.
+        format: `transformers` (ViTs: a ViTMAE where there is a decoder, otherwise a ViT), `onnx` (`model.onnx`) or
+            `torch.export` (`model.pt2`); the last two take batches of any size.
+    """
+    from .extra.export import export
+
+    print(export(name, out, format=format))
+
+
 def demo_command(out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo")) -> None:
     """Measure the packaged models on packaged images, and draw what they see. Needs no network.
 
@@ -291,6 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
         "reconstruct": reconstruct_command,
         "plot": plot_command,
         "import": import_command,
+        "export": export_command,
     }
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:

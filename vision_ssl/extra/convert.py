@@ -20,6 +20,7 @@ from ..cache import first_few
 from ..data import channel_statistics
 from ..encoders import STEMS, EncoderSpec, sincos_position_embedding
 from ..errors import RecipeError, WeightsError
+from ..storage import check_new_folder
 from .heads import MAY_LACK, Head, find_decoder, find_projector, same_table, swap_halves
 from .infer import infer_resnet, infer_vit, with_class_position
 from .layouts import ENCODERS, TIMM_VIT, TRANSFORMERS, Found
@@ -86,15 +87,14 @@ def convert(
     Raises:
         WeightsError: The file is damaged, holds pickled code, or an encoder that is none of ours.
         RecipeError: `stem` or `image_size` cannot be.
-        CheckpointError: The disk refuses.
+        CheckpointError: `out` holds something, or the disk refuses.
     """
     path, directory = Path(file), Path(out)
     if stem is not None and stem not in STEMS:
         raise RecipeError(f"stem={stem!r} is unknown: expected {', '.join(STEMS)}")
     if image_size is not None and image_size < 1:
         raise RecipeError(f"image_size={image_size} is too small: expected at least 1")
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise WeightsError(f"out={str(directory)!r} is there already: expected a new or an empty folder")
+    check_new_folder(directory, "out")
     checkpoint = read_checkpoint(path)
     settings = _settings(checkpoint, path.parent / "config.json")
     try:
