@@ -459,6 +459,25 @@ def test_features_of_a_resnet_equal_the_original(tmp_path: Path, case: str) -> N
 
 
 @pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Linear(512, 96), nn.BatchNorm1d(96), nn.ReLU(), nn.Linear(96, 32)],
+        [nn.Linear(512, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 32)],
+        [nn.Linear(256, 96), nn.ReLU(), nn.Linear(96, 32)],
+        [nn.Linear(512, 32)],
+    ],
+    ids=["BYOL's", "three layers", "width", "one layer"],
+)
+def test_a_projector_of_another_kind_is_left_out(tmp_path: Path, layers: list[nn.Module]) -> None:
+    head = nn.Sequential(*layers).state_dict()
+    state = {f"backbone.{name}": tensor for name, tensor in small_file(meta_state("resnet18")).items()}
+    result, _ = converted(state | {f"projector.{name}": tensor for name, tensor in head.items()}, tmp_path)
+    assert result.head == ""
+    assert result.left_out == (f"projector ({len(head)} tensors)",)
+    assert not (tmp_path / "weights" / "head.safetensors").exists()
+
+
+@pytest.mark.parametrize(
     ("options", "described"),
     [
         ({}, "stem 3x3-nopool, at 32 px"),

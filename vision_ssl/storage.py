@@ -37,18 +37,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise CheckpointError(f"cannot write {path}: {error}; what was there before is unharmed") from error
 
 
-def check_new_folder(path: Path, name: str) -> None:
+def check_new_folder(out: Path) -> None:
     """Refuse to write into a folder that holds something.
 
-    Args:
-        path: The folder.
-        name: Of the argument that names it.
-
     Raises:
-        CheckpointError: It is there, and neither a folder nor empty.
+        CheckpointError: `out` is there, and neither a folder nor empty.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"{name}={str(path)!r} is there already: expected a new or an empty folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"out={str(out)!r} is there already: expected a new or an empty folder")
 
 
 def save_text(path: Path, text: str) -> None:

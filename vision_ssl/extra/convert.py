@@ -94,7 +94,7 @@ def convert(
         raise RecipeError(f"stem={stem!r} is unknown: expected {', '.join(STEMS)}")
     if image_size is not None and image_size < 1:
         raise RecipeError(f"image_size={image_size} is too small: expected at least 1")
-    check_new_folder(directory, "out")
+    check_new_folder(directory)
     checkpoint = read_checkpoint(path)
     settings = _settings(checkpoint, path.parent / "config.json")
     try:

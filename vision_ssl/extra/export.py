@@ -63,7 +63,7 @@ def export(name: str | os.PathLike[str], out: str | os.PathLike[str], *, format:
         CheckpointError: `out` holds something, or the disk refuses.
     """
     directory = Path(out)
-    check_new_folder(directory, "out")
+    check_new_folder(directory)
     encoder = hub.load(name)
     write = {"transformers": _transformers, "onnx": _onnx, "torch.export": _torch_export}[format]
     path = write(name, encoder, directory)
