@@ -10,12 +10,19 @@ import pytest
 import vision_ssl
 
 PACKAGE = Path(vision_ssl.__file__).parent
-MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+}
 
 # Top to bottom: a module imports only from the lines below its own.
 LEVELS = """
 __main__
 cli
+extra.convert extra.export
+extra.heads extra.infer extra.pickles
+extra.layouts
 demo
 curve restore
 recipes
@@ -47,22 +54,24 @@ errors
 LEVEL = {name: level for level, line in enumerate(LEVELS.split("\n")) for name in line.split()}
 
 
-def imported_modules(tree: ast.AST) -> Iterator[str]:
-    """Modules of the package that the code imports when it runs, inside functions too."""
+def imported_modules(tree: ast.AST, folder: str = "vision_ssl") -> Iterator[str]:
+    """Modules of the package that code in one of its folders imports when it runs, inside functions too."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue  # annotations may name what is above
         if isinstance(node, ast.Import):
             parts = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ["vision_ssl"] * node.level + (node.module or "").split(".")
-            parts = [[*filter(None, base), alias.name] for alias in node.names]
+            above = folder.split(".")
+            base = above[: len(above) + 1 - node.level] if node.level else []
+            parts = [[*base, *filter(None, (node.module or "").split(".")), alias.name] for alias in node.names]
         else:
-            yield from imported_modules(node)
+            yield from imported_modules(node, folder)
             continue
         for package, *names in parts:
             if package == "vision_ssl" and names and names[0] != "__version__":
-                yield vision_ssl._EXPORTS.get(names[0], names[0])
+                name = ".".join(names[:2]) if names[0] == "extra" else names[0]
+                yield vision_ssl._EXPORTS.get(name, name)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +90,24 @@ def test_reader_of_imports(code: str, expected: list[str]) -> None:
     assert list(imported_modules(ast.parse(code))) == expected
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("from ..hub import load", ["hub"]),
+        ("from .. import hub", ["hub"]),
+        ("from .heads import a, b", ["extra.heads", "extra.heads"]),
+        ("from . import heads", ["extra.heads"]),
+    ],
+)
+def test_reader_of_imports_in_a_folder(code: str, expected: list[str]) -> None:
+    assert list(imported_modules(ast.parse(code), "vision_ssl.extra")) == expected
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_only_downward(name: str) -> None:
     below = {other for other in LEVEL if LEVEL[other] > LEVEL[name]}
-    assert set(imported_modules(ast.parse(MODULES[name].read_text()))) <= below
+    folder = ".".join(["vision_ssl", *name.split(".")[:-1]])
+    assert set(imported_modules(ast.parse(MODULES[name].read_text()), folder)) <= below
 
 
 def test_every_module_has_one_level() -> None:

@@ -25,7 +25,10 @@ from vision_ssl.recipes import MAE, METHODS, Recipe, SimCLR
 from vision_ssl.registry import Weights
 from vision_ssl.storage import load_tensors
 
-COMMANDS = ("list", "info", "demo", "train", "extract", "probe", "knn", "finetune", "reconstruct", "plot")
+COMMANDS = (
+    *("list", "info", "demo", "train", "extract", "probe", "knn", "finetune", "reconstruct", "plot"),
+    *("import", "export"),
+)
 TINY_MAE = MAE(
     encoder="vit_tiny",
     image_size=24,

@@ -298,6 +298,11 @@ def test_pickles_are_refused_and_never_executed(copied: Path, name: str) -> None
     assert not (copied / "canary").exists()
 
 
+def test_who_has_a_pickle_learns_how_to_convert_it(copied: Path) -> None:
+    with pytest.raises(WeightsError, match=r"expected a \.safetensors file, such as `vision-ssl import` makes of it$"):
+        vision_ssl.load(copied / "x.pth")
+
+
 def test_a_pickle_is_no_substitute_for_safetensors(copied: Path) -> None:
     torch.save(Canary(copied / "canary"), copied / "pytorch_model.bin")
     (copied / "model.safetensors").unlink()

@@ -243,6 +243,48 @@ def plot_command(
     print(curves(run, out or run / "curves.png"))
 
 
+def import_command(
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")],
+    /,
+    *,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    stem: Literal["7x7", "3x3", "3x3-nopool"] | None = None,
+    image_size: int | None = None,
+) -> None:
+    """Turn a checkpoint of another program into weights that load here; say what was recognised. Nothing in it runs.
+
+    Args:
+        file: A checkpoint of facebookresearch/mae, timm, torchvision, transformers, lightly, solo-learn, VISSL, ...
+        out: Folder for the weights, new or empty.
+        stem: ResNets with a 3x3 convolution first: whether a max-pool follows it. By default none does
+            (`3x3-nopool`), and above 40 px one does (`3x3`).
+        image_size: ResNets: side of the input, pixels; by default 224, and for the two small stems 64 and 32.
+    """
+    from .extra.convert import convert
+
+    print(convert(file, out, stem=stem, image_size=image_size))
+
+
+def export_command(
+    name: Name,
+    /,
+    *,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    format: Literal["transformers", "onnx", "torch.export"],
+) -> None:
+    """Write an encoder in the form of another program; ONNX and torch.export are run and compared with it.
+
+    Args:
+        name: A model, the directory of a run, or a folder of weights.
+        out: Folder to write to, new or empty.
+        format: `transformers` (ViTs: a ViTMAE where there is a decoder, otherwise a ViT), `onnx` (`model.onnx`) or
+            `torch.export` (`model.pt2`); the last two take batches of any size.
+    """
+    from .extra.export import export
+
+    print(export(name, out, format=format))
+
+
 def demo_command(out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo")) -> None:
     """Measure the packaged models on packaged images, and draw what they see. Needs no network.
 
@@ -322,6 +364,8 @@ def main(arguments: list[str] | None = None) -> None:
         "finetune": finetune_command,
         "reconstruct": reconstruct_command,
         "plot": plot_command,
+        "import": import_command,
+        "export": export_command,
     }
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:

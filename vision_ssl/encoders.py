@@ -42,6 +42,11 @@ class EncoderSpec:
     args: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        """Its short name, one of `ENCODERS`."""
+        return next(name for name in ENCODERS if self.architecture.startswith(name))
+
+    @property
     def is_vit(self) -> bool:
         """Whether this is a vision transformer (otherwise it is a ResNet)."""
         return self.architecture.startswith("vit_")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -203,7 +204,10 @@ def _locate(name: str | os.PathLike[str]) -> tuple[Path, dict[str, str]]:
         return known.directory, known.sha256
     path = Path(name)
     if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl"):
-        raise WeightsError(f"{path} may hold pickled code, and is not opened: expected a .safetensors file")
+        raise WeightsError(
+            f"{path} may hold pickled code, and is not opened: expected a .safetensors file, such as "
+            "`vision-ssl import` makes of it"
+        )
     directory = path.parent if path.name == ENCODER_FILE else path
     if (directory / "weights" / CONFIG_FILE).is_file():
         directory = directory / "weights"
@@ -265,13 +269,23 @@ def _read(path: Path, hashes: dict[str, str]) -> dict[str, Tensor]:
 def _fill(module: nn.Module, path: Path, hashes: dict[str, str], *, new_head: bool = False) -> None:
     """Load a file into a module: every tensor has its place, and only a new classifier may be left out."""
     tensors = _read(path, hashes)
+    wrong = misfits(tensors, module, may_lack=r"(head|fc)\." if new_head else None)
+    if wrong:
+        raise WeightsError(f"{path} does not fit {type(module).__name__}: {first_few(wrong)}")
+    module.load_state_dict(tensors, strict=False)  # a new head keeps its random weights
+
+
+def misfits(tensors: dict[str, Tensor], module: nn.Module, *, may_lack: str | None = None) -> list[str]:
+    """What keeps tensors from being the state of a module, a line for each name that is wrong, missing or unknown.
+
+    Args:
+        tensors: By name.
+        module: Where they should go.
+        may_lack: Pattern of the beginning of names that may be missing.
+    """
     given, needed = _shapes(tensors), _shapes(module.state_dict())
-    misfits = [
+    return [
         f"{name!r} is {given.get(name, 'missing')}, expected {needed.get(name, 'nothing')}"
         for name in dict.fromkeys([*needed, *given])
-        if given.get(name) != needed.get(name)
-        and not (new_head and name not in given and name.startswith(("head.", "fc.")))
+        if given.get(name) != needed.get(name) and not (may_lack and name not in given and re.match(may_lack, name))
     ]
-    if misfits:
-        raise WeightsError(f"{path} does not fit {type(module).__name__}: {first_few(misfits)}")
-    module.load_state_dict(tensors, strict=False)  # a new head keeps its random weights

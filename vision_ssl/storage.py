@@ -13,8 +13,16 @@ from torch import Tensor
 from .errors import CheckpointError
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename: neither a crash nor a full disk leaves half a file."""
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `path`, then rename: neither a crash nor a full disk leaves half a file.
+
+    Args:
+        path: The file; its folder is made if it is not there.
+        write: Given another path, writes the file there; what it raises leaves `path` as it was.
+
+    Raises:
+        CheckpointError: The disk refuses.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,13 +37,23 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         raise CheckpointError(f"cannot write {path}: {error}; what was there before is unharmed") from error
 
 
+def check_new_folder(out: Path) -> None:
+    """Refuse to write into a folder that holds something.
+
+    Raises:
+        CheckpointError: `out` is there, and neither a folder nor empty.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"out={str(out)!r} is there already: expected a new or an empty folder")
+
+
 def save_text(path: Path, text: str) -> None:
     """Write a text file.
 
     Raises:
         CheckpointError: The disk refuses.
     """
-    _replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def save_json(path: Path, data: dict[str, Any]) -> None:
@@ -55,7 +73,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] |
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {name: json.dumps(fact) for name, fact in (facts or {}).items()}
-    _replace(path, lambda beside: save_file(whole, beside, metadata={"format": "pt", **header}))
+    write_whole(path, lambda beside: save_file(whole, beside, metadata={"format": "pt", **header}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""What not every user needs: nothing imports it but the command line, when a command asks for it."""
