@@ -20,9 +20,11 @@ MODULES = {
 LEVELS = """
 __main__
 cli
-extra.convert extra.export
-extra.heads extra.infer extra.pickles
-extra.layouts
+extra.commands
+extra.convert extra.export extra.report_page extra.compare_page
+extra.gallery extra.heads extra.history extra.infer extra.pickles
+extra.charts extra.glimpses extra.layouts extra.measured extra.pictures
+extra.html
 demo
 curve restore
 recipes

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import tyro
 
 from .errors import RecipeError, VisionSSLError
+from .extra.commands import compare_command, report_command
 from .options import FineTuning, RunOptions
 from .presets import PRESETS
 from .recipes import MAE, METHODS, Recipe, SimCLR
@@ -364,6 +365,8 @@ def main(arguments: list[str] | None = None) -> None:
         "finetune": finetune_command,
         "reconstruct": reconstruct_command,
         "plot": plot_command,
+        "report": report_command,
+        "compare": compare_command,
         "import": import_command,
         "export": export_command,
     }

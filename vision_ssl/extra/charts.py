@@ -11,7 +11,8 @@ from .html import Child, Markup, figure, tag
 
 # A chart is this wide in its own units, which on a phone are about pixels: so its text stays legible there.
 WIDTH, HEIGHT = 340, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 8, 10, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 30, 36
+_LONGEST = 32  # letters of a name beside an interval
 _POINTS = 300  # a line has no more, which is what a screen can show
 _DASHES = (None, "6 3", "2 3", "8 3 2 3")
 # Marks in a square from -3 to 3, each as a closed path.
@@ -21,7 +22,7 @@ _MARKS = (
     "m-2.3-2.3h4.6v4.6h-4.6z",
     "m0-3.4l3 3.4l-3 3.4l-3-3.4z",
 )
-_COLOURS = 8
+_COLOURS = 7  # of series; the eighth is the background's
 
 Numbers = npt.NDArray[np.float64]
 
@@ -75,13 +76,14 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str,
         for column in ([line.x for line in lines], [*(line.y for line in lines), *([np.zeros(1)] if from_zero else [])])
     )
     across, up = _Scale(x_ticks, _LEFT, WIDTH - _RIGHT), _Scale(y_ticks, HEIGHT - _BOTTOM, _TOP)
+    named = [line for line in lines if line.label]
     drawn = [
         tag(
             "path",
             class_="line faint" if line.faint else "line",
             d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(across(line.x), up(line.y), strict=True)),
             stroke=colour(line.series),
-            stroke_dasharray=None if line.faint else _DASHES[line.series % len(_DASHES)],
+            stroke_dasharray=None if line.faint or len(named) < 2 else _DASHES[line.series % len(_DASHES)],
         )
         for line in map(_thinned, sorted(lines, key=lambda line: not line.faint))
     ]
@@ -92,7 +94,6 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str,
         for x, y in zip(across(line.x), up(line.y), strict=True)
     ]
     chart = _svg(title, HEIGHT, [_axes(x_ticks, y_ticks, x_label, y_label), *drawn, *dots])
-    named = [line for line in lines if line.label]
     swatches = (
         tag(
             "path",
@@ -103,36 +104,38 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str,
         )
         for line in named
     )
-    return Markup(chart + (_key([line.label for line in named], swatches) if len(named) > 1 else ""))
+    return Markup(chart + (_key([line.label for line in named], swatches, width=26) if len(named) > 1 else ""))
 
 
-def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], unit: str) -> Markup:
+def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], unit: str, *, highest: float) -> Markup:
     """Draw values with their intervals, one below the other.
 
     Args:
-        title: What it shows, for those who do not see it; it also stands above.
+        title: What it shows; it stands above.
         rows: Name, value, low end, high end.
         unit: Written below.
+        highest: The axis goes from 0 to at least this, so that charts with the same one can be compared.
     """
-    step, top = 38, 26
+    names = [name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}" for name, *_ in rows]
+    left, top, step = 6 * max(map(len, names)) + 12, 24, 26
     bottom = top + step * len(rows)
-    marks = ticks(0.0, max(high for *_, high in rows))
-    across = _Scale(marks, 2, WIDTH - 36)
+    marks = ticks(0.0, highest)
+    across = _Scale(marks, left, WIDTH - 12)
     drawn: list[Child] = [tag("text", title, x=0, y=11, class_="name")]
     for mark in marks:
         x = f"{across(mark):.1f}"
         drawn.append(tag("line", class_="grid", x1=x, x2=x, y1=top, y2=bottom))
-        drawn.append(tag("text", f"{mark:g}", x=x, y=bottom + 15, text_anchor="middle" if mark else "start"))
-    for row, (name, value, low, high) in enumerate(rows):
-        y = top + step * row + 27
-        left, centre, right = (f"{across(number):.1f}" for number in (low, value, high))
+        drawn.append(tag("text", f"{mark:g}", x=x, y=bottom + 15, text_anchor="middle"))
+    for row, (name, (_, value, *interval)) in enumerate(zip(names, rows, strict=True)):
+        y = top + step * row + step // 2
+        low, high = (f"{across(end):.1f}" for end in interval)
         drawn += [
-            tag("text", name, x=6, y=y - 11, class_="name"),
-            tag("path", class_="line", d=f"M{left} {y}H{right}M{left} {y - 4}v8M{right} {y - 4}v8", stroke=colour(row)),
-            tag("circle", cx=centre, cy=y, r=4, fill=colour(row)),
-            tag("text", f"{value:.1f}", x=float(right) + 7, y=y + 4, class_="value"),
+            tag("text", name, x=0, y=y + 4, class_="name"),
+            tag("path", class_="line", d=f"M{low} {y}H{high}M{low} {y - 4}v8M{high} {y - 4}v8", stroke=colour(row)),
+            tag("circle", cx=f"{across(value):.1f}", cy=y, r=4, fill=colour(row)),
+            tag("text", f"{value:.1f}", x=float(low) - 6, y=y + 4, class_="value", text_anchor="end"),
         ]
-    drawn.append(tag("text", unit, x=0, y=bottom + 32))
+    drawn.append(tag("text", unit, x=(left + WIDTH - 12) / 2, y=bottom + 32, text_anchor="middle"))
     spoken = "; ".join(f"{name} {value:.1f} ({low:.1f} to {high:.1f})" for name, value, low, high in rows)
     return _svg(f"{title}: {spoken}", bottom + 38, drawn)
 
@@ -143,36 +146,26 @@ def scatter(title: str, groups: Sequence[Group], *, x_label: str, y_label: str) 
     Args:
         title: What it shows, for those who do not see it.
         groups: Those in the background first.
-        x_label: Below.
-        y_label: On the left.
+        x_label: Of what grows to the right.
+        y_label: Of what grows upwards.
     """
     points = np.concatenate([group.points for group in groups])
-    low, high = points.min(axis=0), points.max(axis=0)
-    room = WIDTH - 24
-    scale = room / max(*(high - low), 1e-12)
-    height = 12 + scale * (high - low)[1] + 26
-    drawn: list[Child] = []
+    low, extent = points.min(axis=0), np.ptp(points, axis=0)
+    margin, head, foot = 6, 22, 22
+    scale = (WIDTH - 2 * margin) / max(*extent, 1e-12)
+    bottom = head + scale * extent[1]
+    drawn: list[Child] = [
+        tag("text", f"↑ {y_label}", x=0, y=8),
+        tag("text", f"{x_label} →", x=WIDTH, y=f"{bottom + foot - 3:.1f}", text_anchor="end"),
+    ]
     for group in groups:
         at = (group.points - low) * scale
-        mark = _MARKS[0 if group.series is None else group.series % len(_MARKS)]
-        d = "".join(f"M{18 + x:.1f} {height - 26 - y:.1f}{mark}" for x, y in at)
-        drawn.append(
-            tag(
-                "path",
-                d=d,
-                fill=colour(7 if group.series is None else group.series),
-                class_="other" if group.series is None else None,
-            )
-        )
-    drawn.append(tag("text", f"{x_label} →", x=18, y=f"{height - 4:.1f}"))
-    drawn.append(tag("text", f"{y_label} →", transform=f"translate(9 {height - 26:.1f}) rotate(-90)"))
-    swatches = (
-        tag("path", d=f"M13 5{_MARKS[group.series % len(_MARKS)]}", fill=colour(group.series))
-        for group in groups
-        if group.series is not None
-    )
-    key = _key([group.label for group in groups if group.series is not None], swatches)
-    return Markup(tag("div", _svg(title, height, drawn), class_="map") + key)
+        d = "".join(f"M{margin + x:.1f} {bottom - y:.1f}{_mark(group.series)}" for x, y in at)
+        drawn.append(tag("path", d=d, **_fill(group.series)))
+    named = [group for group in groups if group.series is not None]
+    swatches = (tag("path", d=f"M5 5{_mark(group.series)}", **_fill(group.series)) for group in named)
+    key = _key([group.label for group in named], swatches, width=10)
+    return Markup(tag("div", _svg(title, bottom + foot, drawn), class_="map") + key)
 
 
 def panels(charts: Iterable[Markup], caption: Child) -> Markup:
@@ -186,15 +179,14 @@ def colour(series: int) -> str:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers, about four steps of 1, 2 or 5 times a power of ten, from at most `low` to at least `high`."""
+    """Round numbers, at most about five steps of 1, 2 or 5 times a power of ten, that enclose `low` and `high`."""
     if not high > low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    rough = (high - low) / 4
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    return [
-        round(number * step, 12) for number in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
-    ]
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 class _Scale:
@@ -219,12 +211,8 @@ def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_la
         drawn.append(
             tag("text", f"{mark:,g}", x=f"{float(across(mark)):.1f}", y=HEIGHT - _BOTTOM + 16, text_anchor="middle")
         )
-    drawn.append(tag("text", x_label, x=(WIDTH + _LEFT) / 2, y=HEIGHT - 4, text_anchor="middle"))
-    drawn.append(
-        tag(
-            "text", y_label, transform=f"translate(9 {(HEIGHT - _BOTTOM + _TOP) / 2}) rotate(-90)", text_anchor="middle"
-        )
-    )
+    drawn.append(tag("text", x_label, x=(WIDTH - _RIGHT + _LEFT) / 2, y=HEIGHT - 4, text_anchor="middle"))
+    drawn.append(tag("text", y_label, x=0, y=11, class_="name"))
     return drawn
 
 
@@ -240,9 +228,18 @@ def _svg(title: str, height: float, content: Child) -> Markup:
     return tag("svg", content, role="img", aria_label=title, viewBox=f"0 0 {WIDTH} {height:.0f}")
 
 
-def _key(labels: Sequence[str], swatches: Iterable[Markup]) -> Markup:
+def _mark(series: int | None) -> str:
+    """A closed path; series that share a colour have different ones."""
+    return _MARKS[0 if series is None else (series % _COLOURS + series // _COLOURS) % len(_MARKS)]
+
+
+def _fill(series: int | None) -> dict[str, str]:
+    return {"class": "other", "fill": f"var(--c{_COLOURS})"} if series is None else {"fill": colour(series)}
+
+
+def _key(labels: Sequence[str], swatches: Iterable[Markup], *, width: int) -> Markup:
     items = (
-        tag("li", tag("svg", swatch, viewBox="0 0 26 10", aria_hidden="true"), label)
+        tag("li", tag("svg", swatch, viewBox=f"0 0 {width} 10", aria_hidden="true"), label)
         for label, swatch in zip(labels, swatches, strict=True)
     )
     return tag("ul", items, class_="key")

@@ -14,9 +14,9 @@ from ..features import Features
 from ..hub import Encoder
 from ..restore import reconstruct
 from .glimpses import class_attention, is_vit, map_similarity, token_colours
-from .html import Child, Markup, figure, tag
+from .html import Child, Markup, figure, scrolling, tag
 from .measured import Samples
-from .pictures import enlarged, lit, picture
+from .pictures import enlarged, picture, strength
 
 NEIGHBOURS = 8
 SHOWN = 8  # images
@@ -64,20 +64,19 @@ def reconstructions(name: str, images: ImageSet) -> Markup:
     chosen = images.pixels[examples(images)]
     originals = [_pillow(pixels) for pixels in chosen]
     names = _names(images)
-    parts: list[Child] = []
+    rows: dict[str, Sequence[Tensor]] = {"original": list(chosen)}
     try:
         for ratio in RATIOS:
-            original, masked, predicted = reconstruct(name, originals, mask_ratio=ratio)
-            rows = {"original": original, f"{ratio:.0%} removed": masked, "filled in": predicted}
-            parts.append(tag("h3", f"{ratio:.0%} removed"))
-            parts.append(_strip(rows if ratio == RATIOS[0] else dict(list(rows.items())[1:]), names))
+            _, masked, predicted = reconstruct(name, originals, mask_ratio=ratio)
+            removed = f"{100 * ratio:.0f} % removed"
+            rows |= {removed: list(masked), f"{removed}, filled in": list(predicted)}
     except WeightsError as error:
         return tag("p", f"There are none: {error}.")
     caption = (
-        "The encoder sees what is not gray, and the decoder fills in the rest. Kept parts are shown as they were: MAE is "
-        "not trained to repeat them."
+        "The encoder sees what is not gray, and the decoder fills in the rest. What was kept is shown as it was: MAE "
+        "is not trained to repeat it."
     )
-    return figure(parts, caption)
+    return figure(_strip(rows, names), caption)
 
 
 def glimpses(encoder: Encoder, images: ImageSet) -> Markup:
@@ -88,20 +87,20 @@ def glimpses(encoder: Encoder, images: ImageSet) -> Markup:
     rows: dict[str, Sequence[Tensor]] = {"image": list(chosen)}
     if is_vit(encoder):
         attention = class_attention(encoder, normalised)
-        rows["attention"] = [lit(pixels, part) for pixels, part in zip(chosen, attention, strict=True)]
+        rows["attention"] = [strength(part.clamp(max=part.quantile(0.95)), size) for part in attention]
         rows["tokens"] = [enlarged(part, size) for part in token_colours(encoder, normalised)]
         caption = (
-            "Attention: an image is bright where the class token attends to in the last block (mean of the heads). Tokens: "
-            "the first three principal components of the patch tokens of these images, as red, green and blue; parts of "
-            "one colour are alike to the encoder."
+            "Attention: where the class token looks in the last block (mean of the heads), from violet, least, to "
+            "yellow, its most favoured twentieth. Tokens: the first three principal components of the patch tokens of "
+            "these images, as red, green and blue; parts of one colour are alike to the encoder."
         )
     else:
         similarity = map_similarity(encoder, normalised)
-        rows["similarity"] = [lit(pixels, part) for pixels, part in zip(chosen, similarity, strict=True)]
+        rows["similarity"] = [strength(part, size) for part in similarity]
         side = similarity.shape[-1]
         caption = (
-            f"An image is bright where the encoder's map ({side} x {side} positions) is most like its own mean (cosine "
-            "similarity), dark where it differs most."
+            f"Similarity: how much a position of the encoder's map ({side} x {side}) is like the mean of all (cosine), "
+            "from violet, least, to yellow, most."
         )
     return figure(_strip(rows, names), caption)
 
@@ -109,13 +108,11 @@ def glimpses(encoder: Encoder, images: ImageSet) -> Markup:
 def _strip(rows: dict[str, Sequence[Tensor]], names: Sequence[str]) -> Markup:
     """Pictures in rows with a title each, one column an image."""
     cells = (
-        [
-            tag("p", title, style="grid-column: 1 / -1"),
-            *(picture(image, f"{name}: {title}") for image, name in zip(images, names, strict=True)),
-        ]
+        (tag("p", title), (picture(image, f"{name}: {title}") for image, name in zip(images, names, strict=True)))
         for title, images in rows.items()
     )
-    return tag("div", cells, class_="strip", style=f"--columns: {len(names)}")
+    strip = tag("div", cells, class_="strip", style=f"--columns: {len(names)}")
+    return scrolling(", ".join(rows), strip)
 
 
 def _names(images: ImageSet) -> list[str]:

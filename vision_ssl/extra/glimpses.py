@@ -33,7 +33,7 @@ def class_attention(encoder: nn.Module, images: Tensor) -> Tensor:
         attention.fused_attn = fused
         handle.remove()
     weights = seen[0][:, :, 0, vit.num_prefix_tokens :].mean(dim=1)
-    return weights.unflatten(1, vit.patch_embed.grid_size)
+    return cast(Tensor, weights.unflatten(1, vit.patch_embed.grid_size))
 
 
 def token_colours(encoder: nn.Module, images: Tensor) -> Tensor:

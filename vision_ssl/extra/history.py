@@ -31,6 +31,8 @@ def probe_curve_of(name: str) -> dict[str, Numbers] | None:
     if not path.is_file():
         return None
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    if not rows:
+        return None
     try:
         return {
             column: np.array([float(row[column]) for row in rows]) for column in ("epoch", "accuracy", "val_accuracy")
@@ -46,14 +48,14 @@ def pretraining_charts(name: str) -> list[Markup]:
     if not steps:
         return []
     epochs = _column(steps, "epoch")
-    rate = Line("", epochs, _column(steps, "lr"), 1)
+    rate = Line("", epochs, _column(steps, "lr"))
     charts = [
         line_chart("training loss", smoothed("", epochs, _column(steps, "loss"), 0), x_label="epoch", y_label="loss"),
         line_chart("learning rate", [rate], x_label="epoch", y_label="learning rate", from_zero=True),
     ]
     looks = [record for record in records if "knn_accuracy" in record]
     if looks:
-        line = Line("", _column(looks, "epoch"), _column(looks, "knn_accuracy"), 2)
+        line = Line("", _column(looks, "epoch"), _column(looks, "knn_accuracy"))
         charts.append(line_chart("kNN accuracy", [line], x_label="epoch", y_label="kNN accuracy (%)", from_zero=True))
     return charts
 
@@ -61,7 +63,7 @@ def pretraining_charts(name: str) -> list[Markup]:
 def probe_chart(name: str) -> Markup | None:
     """Accuracies of a probe over the epochs of a run, where they were measured."""
     curve = probe_curve_of(name)
-    if curve is None or len(curve["epoch"]) == 0:
+    if curve is None:
         return None
     lines = [
         Line("training", curve["epoch"], curve["accuracy"], 0),

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import TypeAlias
 
-_VOID = {"img", "meta"}  # elements without content
+_VOID = {"img", "meta", "wbr"}  # elements without content
 
 # A browser refuses whatever a page would fetch or run beside its own text, style and embedded pictures.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -16,7 +16,7 @@ class Markup(str):
     """Text that is HTML already; all other text is escaped where it enters a page."""
 
 
-Child: TypeAlias = "str | None | Iterable[Child]"
+Child: TypeAlias = "str | Iterable[Child] | None"
 
 
 def tag(name: str, *children: Child, **attributes: str | float | bool | None) -> Markup:
@@ -71,32 +71,57 @@ def figure(content: Child, caption: Child, *, class_: str | None = None) -> Mark
     return tag("figure", content, tag("figcaption", caption), class_=class_)
 
 
-def data_table(label: str, headings: Sequence[str], rows: Iterable[Sequence[Child]]) -> Markup:
-    """A table whose first column names the rows; where it is wider than the page, it scrolls in a box of its own.
+def data_table(label: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> Markup:
+    """A table whose first column names the rows.
 
     Args:
         label: What it shows, for those who do not see it.
         headings: One a column.
-        rows: Cells; those after the first are aligned as numbers are.
+        rows: Cells.
+        words: How many of the first columns are aligned as words are; the others are as numbers.
     """
-    head = tag("tr", (tag("th", heading, scope="col") for heading in headings))
+    head = tag(
+        "tr",
+        (
+            tag("th", heading, scope="col", class_="word" if column < words else None)
+            for column, heading in enumerate(headings)
+        ),
+    )
     body = (
-        tag("tr", tag("th", first, scope="row"), (cell if is_cell(cell) else tag("td", cell) for cell in cells))
+        tag(
+            "tr",
+            tag("th", first, scope="row"),
+            (tag("td", cell, class_="word" if column < words else None) for column, cell in enumerate(cells, start=1)),
+        )
         for first, *cells in rows
     )
     table = tag("table", tag("thead", head), tag("tbody", body))
-    return tag("div", table, class_="scroll", role="region", aria_label=label, tabindex=0)
+    return scrolling(label, table)
 
 
-def is_cell(child: Child) -> bool:
-    """Whether it is a table's cell already, with attributes of its own."""
-    return isinstance(child, Markup) and child.startswith("<td")
+def scrolling(label: str, content: Child) -> Markup:
+    """What may be wider than a phone: it scrolls in a box of its own, by the keyboard too."""
+    return tag("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> Markup:
-    """A list of names and values; a value of None is a dash."""
-    items = ((tag("dt", name), tag("dd", "-" if value is None else str(value))) for name, value in pairs)
+    """A list of names and values of plain data."""
+    items = ((tag("dt", name), tag("dd", _shown(value))) for name, value in pairs)
     return tag("dl", (tag("div", item) for item in items), class_="facts")
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    return str(value)
 
 
 def page(title: str, lead: Child, sections: Sequence[Section]) -> str:
@@ -117,7 +142,7 @@ def page(title: str, lead: Child, sections: Sequence[Section]) -> str:
     )
     links = (tag("li", tag("a", section.title, href=f"#{section.anchor}")) for section in sections)
     body = (
-        tag("header", tag("h1", title), lead),
+        tag("header", tag("h1", _breakable(title)), lead),
         tag("nav", tag("ol", links), aria_label="Contents"),
         tag(
             "main",
@@ -125,3 +150,9 @@ def page(title: str, lead: Child, sections: Sequence[Section]) -> str:
         ),
     )
     return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
+
+
+def _breakable(name: str) -> list[Child]:
+    """A name that a narrow page may break after its dots."""
+    first, *others = name.split(".")
+    return [first, *((".", tag("wbr"), other) for other in others)]

@@ -12,6 +12,8 @@ from .html import Markup, tag
 
 LARGEST = 96  # side of a picture, pixels: more is not seen at the size at which it is shown
 ACCENT = (0, 114, 178)  # blue that stands out on white as on black
+# Five stops of the colour map viridis, which colour-blind readers can follow, and whose lightness rises evenly.
+_GRADIENT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 def picture(pixels: Tensor, alt: str) -> Markup:
@@ -45,19 +47,21 @@ def heat_map(shares: Tensor, alt: str) -> Markup:
     return _element(Image.fromarray(torch.cat([solid, opacity[:, :, None]], dim=2).numpy()), alt)
 
 
-def lit(pixels: Tensor, strength: Tensor) -> Tensor:
-    """Darken an image where `strength` is low.
+def strength(values: Tensor, size: int) -> Tensor:
+    """A small map as a picture, dark violet where it is lowest, over green, to yellow where it is highest.
 
     Args:
-        pixels: uint8 (C, S, S).
-        strength: (h, w); its smallest and largest value become dark and bright.
+        values: (h, w).
+        size: Side of the picture, pixels.
 
     Returns:
-        float32 (C, S, S) in 0..1.
+        float32 (3, size, size) in 0..1.
     """
-    spread = strength - strength.min()
-    light = enlarged((spread / spread.max().clamp(min=1e-12))[None], pixels.shape[-1])
-    return pixels.float() / 255 * (0.12 + 0.88 * light)
+    spread = values - values.min()
+    position = enlarged((spread / spread.max().clamp(min=1e-12))[None], size)[0] * (len(_GRADIENT) - 1)
+    below = position.long().clamp(max=len(_GRADIENT) - 2)
+    stops = torch.tensor(_GRADIENT) / 255
+    return torch.lerp(stops[below], stops[below + 1], (position - below)[:, :, None]).permute(2, 0, 1)
 
 
 def enlarged(image: Tensor, size: int) -> Tensor:

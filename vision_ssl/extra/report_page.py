@@ -11,17 +11,16 @@ from torch import Tensor
 
 from .. import __version__, hub
 from ..data import Source
-from ..errors import WeightsError
 from ..features import Features
 from ..pretrain import commit_of_package, describe_machine
-from ..report import Report, paired_bootstrap
+from ..report import Labels, Report, paired_bootstrap
 from ..restore import random_encoder
 from ..storage import save_text
 from . import gallery
 from .charts import Group, Numbers, interval_chart, panels, scatter
 from .glimpses import principal_components
 from .history import pretraining_charts, probe_chart
-from .html import Child, Markup, Section, data_table, facts, figure, page, tag
+from .html import Child, Markup, Section, data_table, facts, figure, page, scrolling, tag
 from .measured import (
     PIXELS,
     Samples,
@@ -75,10 +74,8 @@ def write_report(
     samples = open_samples(encoder, data, per_class, cache_dir)
     train, val = features_of(encoder, samples, device)
     scores = {PRETRAINED: probes(train, val)}
-    try:
+    if "recipe" in encoder.card:  # foreign weights have none, from which to build the same encoder
         scores[UNTRAINED] = probes(*features_of(random_encoder(name), samples, device))
-    except WeightsError:
-        pass  # foreign weights have no recipe, from which to build the same encoder
     scores[f"raw pixels, {PIXELS} px"] = probes(*pixels_of(samples, cache_dir))
     linear = scores[PRETRAINED][0]
     card = encoder.card
@@ -96,16 +93,16 @@ def write_report(
     sections.append(Section("Glimpses", gallery.glimpses(encoder, samples.val)))
     sections.append(Section("Provenance", _provenance(card, linear, samples)))
     title = str(card.get("name") or Path(name).name)
-    save_text(Path(out), page(title, _lead(encoder, train, scores, samples), sections))
+    save_text(Path(out), page(title, _lead(train, scores, samples), sections))
     return scores
 
 
-def _lead(encoder: hub.Encoder, train: Features, scores: Scores, samples: Samples) -> Markup:
+def _lead(train: Features, scores: Scores, samples: Samples) -> Markup:
     linear = scores[PRETRAINED][0]
     gain = f", {paired_bootstrap(linear, scores[UNTRAINED][0])} by its training" if UNTRAINED in scores else ""
     return tag(
         "p",
-        f"A linear classifier on the {train.features.shape[1]} features of this {train.encoder} recognises ",
+        f"A linear classifier on its {train.features.shape[1]} features recognises ",
         tag("strong", f"{linear.accuracy:.1f} %"),
         f" of {linear.n_val:,} images of {samples.val.name}, on which it was not fitted{gain}.",
     )
@@ -113,11 +110,13 @@ def _lead(encoder: hub.Encoder, train: Features, scores: Scores, samples: Sample
 
 def _scores(scores: Scores) -> list[Child]:
     reports = list(zip(*scores.values(), strict=True))
+    highest = max(report.interval[1] for protocol in reports for report in protocol)
     charts = [
         interval_chart(
             protocol[0].protocol,
             [(label, report.accuracy, *report.interval) for label, report in zip(scores, protocol, strict=True)],
             "accuracy (%)",
+            highest=highest,
         )
         for protocol in reports
     ]
@@ -135,8 +134,8 @@ def _scores(scores: Scores) -> list[Child]:
     headings = ("protocol, features", "accuracy (%)", "95 % interval", "macro F1", "training accuracy (%)")
     first = scores[PRETRAINED][0]
     caption = (
-        f"Fitted on {first.n_train:,} images and scored on {first.n_val:,} others. Whiskers are 95 % bootstrap intervals "
-        f"over the images that were scored. Untrained: the same network with its random weights."
+        f"Fitted on {first.n_train:,} images and scored on {first.n_val:,} others. Whiskers: 95 % bootstrap intervals "
+        "over the images scored. Untrained: the same network with random weights."
     )
     return [panels(charts, caption), data_table("Scores", headings, rows)]
 
@@ -175,11 +174,12 @@ def _confusions(report: Report) -> list[Child]:
     order = np.argsort(-mistakes, axis=None, kind="stable")[:PAIRS]
     pairs = [np.unravel_index(index, counts.shape) for index in order if mistakes.flat[index] > 0]
     rows = [
-        (classes[row], classes[column], str(counts[row, column]), f"{shares[row, column]:.0%}") for row, column in pairs
+        (classes[row], classes[column], str(counts[row, column]), f"{100 * shares[row, column]:.0f}")
+        for row, column in pairs
     ]
     caption = (
-        "Of the linear probe: a row is what an image is, a column what it was taken for; the stronger the blue, the larger "
-        "the share of the row."
+        "Of the linear probe: a row is what an image is, a column what it was taken for. The stronger the blue, the "
+        "larger the share of the row."
     )
     if len(classes) <= FEW:
         shown = figure(_matrix(counts, shares, classes), caption)
@@ -189,11 +189,11 @@ def _confusions(report: Report) -> list[Child]:
         shown = figure(picture, f"{caption} The classes are in label order, from {classes[0]} to {classes[-1]}.")
     if not rows:
         return [shown, tag("p", "No image was taken for another class.")]
-    headings = ("is", "taken for", "images", "of its class")
-    return [shown, tag("h3", "Most confused"), data_table("Most confused classes", headings, rows)]
+    headings = ("is", "taken for", "images", "of its class (%)")
+    return [shown, tag("h3", "Most confused"), data_table("Most confused classes", headings, rows, words=2)]
 
 
-def _matrix(counts: Numbers, shares: Numbers, classes: Sequence[str]) -> Markup:
+def _matrix(counts: Labels, shares: Numbers, classes: Sequence[str]) -> Markup:
     head = tag("tr", tag("th", "is \\ taken for", scope="col"), (tag("th", name, scope="col") for name in classes))
     body = (
         tag(
@@ -207,7 +207,7 @@ def _matrix(counts: Numbers, shares: Numbers, classes: Sequence[str]) -> Markup:
         for row, name in enumerate(classes)
     )
     table = tag("table", tag("thead", head), tag("tbody", body), class_="matrix")
-    return tag("div", table, class_="scroll", role="region", aria_label="Confusion matrix", tabindex=0)
+    return scrolling("Confusion matrix", table)
 
 
 def _kind(count: int, diagonal: bool) -> str | None:
@@ -224,12 +224,15 @@ def _map(report: Report, val: Features) -> list[Child]:
     groups = [Group("", points[~np.isin(labels, marked)], None)] if len(marked) < len(val.classes) else []
     groups += [Group(val.classes[label], points[labels == label], series) for series, label in enumerate(marked)]
     x_label, y_label = (
-        f"{which} component, {share:.0%} of the variance"
+        f"{which} component, {100 * share:.0f} % of the variance"
         for which, share in zip(("first", "second"), shares.tolist(), strict=True)
     )
     caption = f"Features of {len(points):,} validation images, projected on the two directions in which they vary most."
     if len(marked) < len(val.classes):
-        caption += f" In colour, the {MARKED // 2} classes that the linear probe tells best and the {MARKED // 2} that it tells worst; in gray, all others."
+        caption += (
+            f" In colour, the {MARKED // 2} classes that the linear probe tells best, and the {MARKED // 2} it "
+            "tells worst; in gray, all others."
+        )
     return [figure(scatter(caption, groups, x_label=x_label, y_label=y_label), caption)]
 
 
@@ -248,14 +251,14 @@ def _provenance(card: Mapping[str, Any], linear: Report, samples: Samples) -> li
         ("method", card.get("method")),
         ("pretrained on", pretrained_on.get("name")),
         ("images", pretrained_on.get("images")),
-        ("digest of the images", pretrained_on.get("digest")),
-        *((name.replace("_", " "), value) for name, value in training.items()),
+        ("digest of the images", _short(pretrained_on.get("digest"))),
+        *((name, value) for name, value in training.items()),
         ("licence", card.get("licence")),
     ]
     measured = [
         ("data", samples.val.name.rpartition("/")[0] or samples.val.name),
-        ("digest of the images fitted on", linear.train_digest),
-        ("digest of the images scored on", linear.val_digest),
+        ("digest of the images fitted on", _short(linear.train_digest)),
+        ("digest of the images scored on", _short(linear.val_digest)),
         *((f"linear: {name}", value) for name, value in linear.settings.items()),
         ("seed", linear.seed),
         ("vision_ssl", __version__),
@@ -267,3 +270,8 @@ def _provenance(card: Mapping[str, Any], linear: Report, samples: Samples) -> li
     if "recipe" in card:
         content += [tag("h3", "Recipe"), facts(card["recipe"].items())]
     return [*content, tag("h3", "This report"), facts(measured)]
+
+
+def _short(digest: str | None) -> str | None:
+    """Enough of a digest to tell it from others."""
+    return digest and digest[:16]
