@@ -83,7 +83,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str,
             class_="line faint" if line.faint else "line",
             d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(across(line.x), up(line.y), strict=True)),
             stroke=colour(line.series),
-            stroke_dasharray=None if line.faint or len(named) < 2 else _DASHES[line.series % len(_DASHES)],
+            stroke_dasharray=None if not line.label else _DASHES[line.series % len(_DASHES)],
         )
         for line in map(_thinned, sorted(lines, key=lambda line: not line.faint))
     ]
@@ -104,7 +104,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str,
         )
         for line in named
     )
-    return Markup(chart + (_key([line.label for line in named], swatches, width=26) if len(named) > 1 else ""))
+    return Markup(chart + (_key([line.label for line in named], swatches, width=26) if named else ""))
 
 
 def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], unit: str, *, highest: float) -> Markup:

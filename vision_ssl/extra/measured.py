@@ -2,14 +2,16 @@
 
 import os
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from .. import hub
 from ..data import ImageSet, Source
-from ..errors import DataError, RecipeError
+from ..errors import RecipeError
 from ..features import Features, extract, images_for, pixel_features
 from ..probe import knn, linear
 from ..report import Report
@@ -46,10 +48,9 @@ def open_samples(
 
 def _sample(images: ImageSet, per_class: int) -> ImageSet:
     """At most `per_class` images of each class, drawn by a fixed seed; the source itself if it has no more."""
-    if images.labels is None:
-        raise DataError(f"source {images.name}: expected labels")
+    labels = cast(Tensor, images.labels)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    shuffled = images.labels[order]
+    shuffled = labels[order]
     kept = torch.cat([order[shuffled == label][:per_class] for label in range(len(images.classes))])
     return images if len(kept) == len(images) else images.select(kept.sort().values)
 
