@@ -27,7 +27,7 @@ from vision_ssl.storage import load_tensors
 
 COMMANDS = (
     *("list", "info", "demo", "train", "extract", "probe", "knn", "finetune", "reconstruct", "plot"),
-    *("import", "export"),
+    *("report", "compare", "import", "export"),
 )
 TINY_MAE = MAE(
     encoder="vit_tiny",

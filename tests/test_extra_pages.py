@@ -221,7 +221,7 @@ def test_report_measures_what_a_probe_measures(reported: tuple[Path, Scores], ru
 def test_report_of_a_run_has_all_its_sections(reported: tuple[Path, Scores]) -> None:
     page = Page(reported[0].read_text())
     assert page.sections == [
-        *("Scores", "Training", "Classes", "Confusions", "Neighbours", "Map", "Reconstructions", "Glimpses"),
+        *("Scores", "Neighbours", "Classes", "Confusions", "Map", "Reconstructions", "Glimpses", "Training"),
         "Provenance",
     ]
     assert "accuracy of a probe" in page.text
@@ -229,7 +229,7 @@ def test_report_of_a_run_has_all_its_sections(reported: tuple[Path, Scores]) -> 
 
 def test_report_without_recipe_and_curves(foreign_page: Path) -> None:
     page = Page(foreign_page.read_text())
-    assert page.sections == ["Scores", "Classes", "Confusions", "Neighbours", "Map", "Glimpses", "Provenance"]
+    assert page.sections == ["Scores", "Neighbours", "Classes", "Confusions", "Map", "Glimpses", "Provenance"]
     assert [row[0] for row in page.tables["Scores"][1:]] == [
         *("linear, pretrained", "linear, raw pixels, 16 px", "knn-20, pretrained", "knn-20, raw pixels, 16 px"),
     ]

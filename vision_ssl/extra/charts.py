@@ -11,8 +11,9 @@ from .html import Child, Markup, figure, tag
 
 # A chart is this wide in its own units, which on a phone are about pixels: so its text stays legible there.
 WIDTH, HEIGHT = 340, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 30, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 30, 36
 _LONGEST = 32  # letters of a name beside an interval
+_NUMBER = 34  # width of a number in bold
 _POINTS = 300  # a line has no more, which is what a screen can show
 _DASHES = (None, "6 3", "2 3", "8 3 2 3")
 # Marks in a square from -3 to 3, each as a closed path.
@@ -129,11 +130,19 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], 
     for row, (name, (_, value, *interval)) in enumerate(zip(names, rows, strict=True)):
         y = top + step * row + step // 2
         low, high = (f"{across(end):.1f}" for end in interval)
+        is_beside_name = float(low) < left + _NUMBER
         drawn += [
             tag("text", name, x=0, y=y + 4, class_="name"),
             tag("path", class_="line", d=f"M{low} {y}H{high}M{low} {y - 4}v8M{high} {y - 4}v8", stroke=colour(row)),
             tag("circle", cx=f"{across(value):.1f}", cy=y, r=4, fill=colour(row)),
-            tag("text", f"{value:.1f}", x=float(low) - 6, y=y + 4, class_="value", text_anchor="end"),
+            tag(
+                "text",
+                f"{value:.1f}",
+                x=float(high) + 6 if is_beside_name else float(low) - 6,
+                y=y + 4,
+                class_="value",
+                text_anchor="start" if is_beside_name else "end",
+            ),
         ]
     drawn.append(tag("text", unit, x=(left + WIDTH - 12) / 2, y=bottom + 32, text_anchor="middle"))
     spoken = "; ".join(f"{name} {value:.1f} ({low:.1f} to {high:.1f})" for name, value, low, high in rows)

@@ -79,18 +79,18 @@ def write_report(
     scores[f"raw pixels, {PIXELS} px"] = probes(*pixels_of(samples, cache_dir))
     linear = scores[PRETRAINED][0]
     card = encoder.card
-    sections = [Section("Scores", _scores(scores))]
-    if history := _history(name):
-        sections.append(Section("Training", history))
-    sections += [
+    sections = [
+        Section("Scores", _scores(scores)),
+        Section("Neighbours", gallery.neighbours(samples, train, val)),
         Section("Classes", _classes(linear)),
         Section("Confusions", _confusions(linear)),
-        Section("Neighbours", gallery.neighbours(samples, train, val)),
         Section("Map", _map(linear, val)),
     ]
     if card.get("method") == "mae":
         sections.append(Section("Reconstructions", gallery.reconstructions(name, samples.val)))
     sections.append(Section("Glimpses", gallery.glimpses(encoder, samples.val)))
+    if history := _history(name):
+        sections.append(Section("Training", history))
     sections.append(Section("Provenance", _provenance(card, linear, samples)))
     title = str(card.get("name") or Path(name).name)
     save_text(Path(out), page(title, _lead(train, scores, samples), sections))
@@ -266,7 +266,8 @@ def _provenance(card: Mapping[str, Any], linear: Report, samples: Samples) -> li
         ("torch", torch.__version__),
         ("hardware", describe_machine(torch.device("cpu"))),
     ]
-    content: list[Child] = [tag("h3", "Pretraining"), facts(origin)]
+    known = [(name, value) for name, value in origin if value is not None]
+    content: list[Child] = [tag("h3", "Pretraining"), facts(known) if known else tag("p", "The weights have no card.")]
     if "recipe" in card:
         content += [tag("h3", "Recipe"), facts(card["recipe"].items())]
     return [*content, tag("h3", "This report"), facts(measured)]
