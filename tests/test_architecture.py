@@ -27,6 +27,7 @@ demo
 curve restore
 recipes
 pretrain
+diagnosis monitor
 finetuning
 probe
 linear_sgd
@@ -47,7 +48,7 @@ cache
 decode
 checkpoint
 storage
-cpu distributed device logistic optim
+cpu distributed device logistic optim spread
 options presets
 errors
 """

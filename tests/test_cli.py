@@ -321,7 +321,7 @@ def test_every_field_is_an_option(asked: list[tuple[Recipe, Any, RunOptions]]) -
     words = (
         "train simclr photos --encoder resnet34 --stem 3x3-nopool --crop-scale 0.1 0.9 --jitter 0.1 0.2 0.3 0.4 "
         "--clip-grad 1.5 --no-projector-norm --warmup-epochs 2 --blur-kernel 5 --out here --init there --parts a b "
-        "--time-limit 1.5 --seed 3 --no-resume --precision bf16 --knn-epochs 0 --keep-epochs 4 "
+        "--time-limit 1.5 --seed 3 --no-resume --precision bf16 --look-epochs 0 --keep-epochs 4 "
         "--cache-dir c --cache-size 72"
     )
     cli.main(words.split())
@@ -343,7 +343,7 @@ def test_every_field_is_an_option(asked: list[tuple[Recipe, Any, RunOptions]]) -
         time_limit=1.5,
         seed=3,
         precision="bf16",
-        knn_epochs=0,
+        look_epochs=0,
         keep_epochs=4,
         cache_dir="c",
         cache_size=72,

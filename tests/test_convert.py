@@ -1025,7 +1025,7 @@ def test_training_goes_on_from_imported_weights(tmp_path: Path, photos: Path) ->
         base_lr=0.0,
     )
     run = recipe.train(
-        photos, init=str(tmp_path / "weights"), out=str(tmp_path / "run"), device="cpu", precision="fp32", knn_epochs=0
+        photos, init=str(tmp_path / "weights"), out=str(tmp_path / "run"), device="cpu", precision="fp32", look_epochs=0
     )
     for file in ("model.safetensors", "head.safetensors"):
         trained, imported = (load_file(tmp_path / place / file) for place in ("run/weights", "weights"))
