@@ -27,7 +27,9 @@ report
 simclr mae
 engine
 hub
-registry
+locate
+remote registry
+config
 encoders
 color
 augment
@@ -70,7 +72,7 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
         ("from .cache import a, b", ["cache", "cache"]),
         ("from . import cache, __version__", ["cache"]),
         ("from vision_ssl.cache import a", ["cache"]),
-        ("from vision_ssl import load", ["hub"]),
+        ("from vision_ssl import load", ["restore"]),
         ("def f():\n    if x:\n        from .hub import load", ["hub"]),
         ("if TYPE_CHECKING:\n    from .hub import load", []),
     ],

@@ -182,6 +182,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_list_of_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cli, "WEIGHTS", ())
+    monkeypatch.setattr(cli, "UPSTREAM", ())
     cli.main(["list"])
     assert capsys.readouterr().out == "name  linear  kNN\n"
 
@@ -203,6 +204,7 @@ def test_list_of_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
     monkeypatch.setattr(registry, "PACKAGED", tmp_path)
     monkeypatch.setattr(registry, "WEIGHTS", weights)
     monkeypatch.setattr(cli, "WEIGHTS", weights)
+    monkeypatch.setattr(cli, "UPSTREAM", ())
     cli.main(["list"])
     assert capsys.readouterr().out.splitlines() == [
         "name         linear  kNN",

@@ -16,7 +16,7 @@ from .errors import RecipeError, VisionSSLError
 from .options import RunOptions
 from .presets import PRESETS
 from .recipes import MAE, METHODS, Recipe, SimCLR
-from .registry import WEIGHTS, find
+from .registry import UPSTREAM, WEIGHTS, find
 
 if TYPE_CHECKING:
     from .report import Report
@@ -26,9 +26,9 @@ SourcePath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
 
 
 def list_command() -> None:
-    """Show the packaged models."""
+    """Show the models: the packaged ones, then those that are downloaded when they are first used."""
     rows = [("name", "linear", "kNN", "")]
-    for weights in WEIGHTS:
+    for weights in (*WEIGHTS, *UPSTREAM):
         scores = {score["protocol"]: f"{score['accuracy']:.1f} %" for score in weights.own_scores}
         rows.append((weights.name, scores.get("linear", "-"), scores.get("knn-20", "-"), weights.summary))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -40,10 +40,10 @@ def info_command(name: Name) -> None:
     """Show the card of a model: what it was trained on, how, and its measured scores.
 
     Args:
-        name: A model, the directory of a run, or a folder of weights.
+        name: A model, the directory of a run, a folder of weights, or `hf:owner/repo`.
     """
     known = find(name)
-    if known is not None:
+    if known is not None and (known.is_local or known.facts):
         card = known.card
     else:
         from .hub import read_card
@@ -65,7 +65,7 @@ def extract_command(
     """Write the features of images to a safetensors file, with labels and paths where there are any.
 
     Args:
-        name: A model, the directory of a run, or a folder of weights.
+        name: A model, the directory of a run, a folder of weights, or `hf:owner/repo`.
         source: A folder of images, a known layout, or a torchvision name such as `cifar10`.
         out: Where the features go.
         split: Which part of a source that has several.
@@ -95,7 +95,7 @@ def probe_command(
     """Fit a linear classifier on frozen features; print accuracy and macro F1.
 
     Args:
-        name: A model, the directory of a run, or a folder of weights.
+        name: A model, the directory of a run, a folder of weights, or `hf:owner/repo`.
         train: Labelled images to fit on; of a source with several splits, its training split.
         val: Labelled images to score on; of a source with several splits, its validation split.
         protocol: `linear` (held out), or `resubstitution`, which scores on the images it was fitted on.
@@ -124,7 +124,7 @@ def knn_command(
     """Classify by the nearest neighbours in frozen features; print accuracy and macro F1.
 
     Args:
-        name: A model, the directory of a run, or a folder of weights.
+        name: A model, the directory of a run, a folder of weights, or `hf:owner/repo`.
         train: Labelled images to find neighbours among.
         val: Labelled images to score on.
         k: Neighbours that vote.
