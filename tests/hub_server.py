@@ -116,6 +116,7 @@ def entity_tag(path: str, data: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes, and the second would wait for an answer
     hub: HubServer
 
     def log_message(self, format: str, *args: object) -> None:
@@ -182,11 +183,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(401, b'{"error": "Invalid username or password."}')
         if asked["organization"] == "somebody-else":
             return self._send(403, b'{"error": "forbidden"}')
+        about = {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo}
         if repo in self.hub.repositories:
-            return self._send(409, b'{"error": "You already created this model repo"}')
+            return self._send(409, json.dumps({"error": "You already created this model repo"} | about).encode())
         self.hub.repositories[repo] = Repository(private=asked.get("visibility") == "private")
         self.hub.repositories[repo].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
-        return self._json({"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo})
+        return self._json(about)
 
     def _validate(self) -> None:
         content = json.loads(self.body)["content"]
@@ -202,6 +204,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing("RevisionNotFound")
         files = [{"rfilename": path} for path in repository.commits[sha]]
         return self._json({"id": repo, "sha": sha, "private": repository.private, "siblings": files, "tags": []})
+
+    def _tree(self, repo: str, revision: str) -> None:
+        if (repository := self._repository(repo)) is None:
+            return None
+        listed = []
+        for path, data in repository.commits[repository.resolve(revision) or ""].items():
+            large = {"lfs": {"oid": entity_tag(path, data), "size": len(data), "pointerSize": 134}}
+            entry = {"type": "file", "path": path, "size": len(data), "oid": git_hash(data)}
+            listed.append(entry | (large if is_large(path) else {}))
+        return self._json(listed)
 
     def _list_refs(self, repo: str) -> None:
         if (repository := self._repository(repo)) is None:
@@ -296,6 +308,7 @@ _ROUTES: tuple[tuple[str, Callable[..., None]], ...] = (
     ("POST /api/validate-yaml", _Handler._validate),
     (f"GET /api/models/{_NAME}", _Handler._info),
     (f"GET /api/models/{_NAME}/revision/(?P<revision>.+)", _Handler._info),
+    (f"GET /api/models/{_NAME}/tree/(?P<revision>.+)", _Handler._tree),
     (f"GET /api/models/{_NAME}/refs", _Handler._list_refs),
     (f"POST /api/models/{_NAME}/tag/(?P<revision>.+)", _Handler._tag),
     (f"POST /api/models/{_NAME}/preupload/(?P<revision>.+)", _Handler._preupload),

@@ -190,6 +190,37 @@ def plot_command(
     print(curves(run, out or run / "curves.png"))
 
 
+def push_command(
+    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None,
+    repo: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="REPO")] = None,
+    /,
+    *,
+    zoo: str | None = None,
+    private: tyro.conf.FlagCreatePairsOff[bool] = False,
+    tag: str | None = None,
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> None:
+    """Publish a run on the Hugging Face Hub: weights, and a model card made from them, in one commit.
+
+    Args:
+        run: The directory of a run, or a folder of weights.
+        repo: `owner/name`; made if it is not there.
+        zoo: Instead of a run, publish every packaged model under this owner.
+        private: Make the repository private.
+        tag: A name for this commit, which never changes its meaning.
+        dry_run: Show what would be sent, and send nothing.
+    """
+    from .extra.push import push, push_zoo
+
+    if zoo is not None and run is None:
+        for result in push_zoo(zoo, private=private, tag=tag, dry_run=dry_run):
+            print(result)
+    elif zoo is None and run is not None and repo is not None:
+        print(push(run, repo, private=private, tag=tag, dry_run=dry_run))
+    else:
+        raise RecipeError("push got neither RUN and REPO nor --zoo OWNER alone: expected one of the two")
+
+
 def demo_command(out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo")) -> None:
     """Measure the packaged models on packaged images, and draw what they see. Needs no network.
 
@@ -268,6 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
         "knn": knn_command,
         "reconstruct": reconstruct_command,
         "plot": plot_command,
+        "push": push_command,
     }
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:

@@ -17,7 +17,8 @@ from .errors import VisionSSLError, WeightsError
 PREFIX = "hf:"
 
 _NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
-_REFERENCE = re.compile(rf"{PREFIX}(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>\w(?:[\w./-]*\w)?))?", re.ASCII)
+_REPO = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
+_REVISION = re.compile(r"\w(?:[\w./-]*\w)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Repository:
         from huggingface_hub import constants, hf_hub_download
 
         root = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
-        with one_line_errors(self.repo, f"load {name}"):
+        with one_line_errors(f"load {name} of {self.repo}", self.repo):
             path = hf_hub_download(
                 self.repo,
                 name,
@@ -69,10 +70,15 @@ def parse_reference(reference: str) -> tuple[str, str | None]:
     Raises:
         WeightsError: It is no such reference.
     """
-    match = _REFERENCE.fullmatch(reference)
-    if match is None or ".." in reference:
+    repo, at, revision = reference.removeprefix(PREFIX).partition("@")
+    if not is_repo(repo) or (at and (".." in revision or not _REVISION.fullmatch(revision))):
         raise WeightsError(f"{reference!r} names no repository: expected hf:owner/repo or hf:owner/repo@revision")
-    return match["repo"], match["revision"]
+    return repo, revision or None
+
+
+def is_repo(name: str) -> bool:
+    """Whether this may be the name of a repository, `owner/name`: no path that leads elsewhere."""
+    return ".." not in name and _REPO.fullmatch(name) is not None
 
 
 def announced_hash(path: Path) -> str | None:
@@ -94,7 +100,7 @@ def set_aside(path: Path) -> Path:
 
 
 @contextmanager
-def one_line_errors(repo: str, purpose: str) -> Iterator[None]:
+def one_line_errors(purpose: str, repo: str) -> Iterator[None]:
     """Turn whatever `huggingface_hub` raises into one line that says what to do.
 
     Raises:
@@ -105,7 +111,7 @@ def one_line_errors(repo: str, purpose: str) -> Iterator[None]:
     except VisionSSLError:
         raise
     except Exception as error:  # its HTTP library, and that library's errors, differ from version to version
-        raise WeightsError(f"cannot {purpose} of {repo}: {_explain(error, repo)}") from error
+        raise WeightsError(f"cannot {purpose}: {_explain(error, repo)}") from error
 
 
 def _explain(error: BaseException, repo: str) -> str:
@@ -122,9 +128,9 @@ def _explain(error: BaseException, repo: str) -> str:
         return f"its owner grants access on request, at {constants.ENDPOINT}/{repo}: {access}"
     if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
         return "the repository has no such revision"
-    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes) or status == 401:
+    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
         return f"there is no such repository, or it is private: {access}"
-    if status == 403:
+    if status in (401, 403):
         return f"the Hub forbids it: {access}"
     if any(isinstance(cause, errors.RemoteEntryNotFoundError) for cause in causes):
         return "the repository has no such file"
