@@ -2,6 +2,7 @@ import copy
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,8 @@ def test_timm_loads_it_by_itself(tmp_path: Path, spec: EncoderSpec) -> None:
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     ours = vision_ssl.load(tmp_path)
     assert torch.equal(theirs(IMAGES), ours(IMAGES))
+    classifier = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).eval()
+    assert torch.equal(classifier.forward_features(IMAGES), ours.forward_features(IMAGES))
     data = timm.data.config.resolve_data_config(model=theirs)
     assert (list(data["input_size"]), data["interpolation"], data["crop_pct"]) == ([3, 24, 24], "bicubic", 1.0)
     assert (tuple(data["mean"]), tuple(data["std"])) == (ours.preprocess.mean, ours.preprocess.std)
@@ -627,6 +630,39 @@ class TestEveryPublishedModel:
     def test_its_head_goes_with_its_recipe(self, weights: Weights) -> None:
         model = recipe_from_dict(weights.config["vision_ssl"]["recipe"]).build()
         hub.load_into(model, weights.name, head_required="head.safetensors" in weights.sha256)
+
+
+@pytest.mark.parametrize("weights", registry.UPSTREAM, ids=lambda weights: weights.name)
+def test_weights_of_others_are_what_timm_publishes(weights: Weights) -> None:
+    published = weights.repo.removeprefix("timm/")
+    theirs = timm.get_pretrained_cfg(published)
+    assert theirs is not None
+    assert theirs.hf_hub_id == weights.repo
+    assert weights.card["licence"].lower().startswith(f"{theirs.license}: ")
+    assert re.fullmatch("[0-9a-f]{40}", weights.revision)
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in weights.sha256.values())
+    architecture = published.removesuffix(".mae")
+    name, patch_size = architecture.partition("_patch")[0], int(architecture.partition("_patch")[2][:2])
+    spec = resolve_encoder(name, image_size=theirs.input_size[1], patch_size=patch_size)
+    with torch.device("meta"):
+        ours, plain = spec.build(), timm.create_model(architecture, num_classes=0)
+    assert spec.architecture == architecture
+    assert weights.name == f"mae_{name}.in1k"
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in plain.state_dict().items()
+    }
+
+
+def test_a_clone_keeps_what_is_too_big_for_the_package(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, copied, "mae_big.data")
+    monkeypatch.setattr(registry, "CLONED", copied.parent)
+    monkeypatch.setattr(registry, "PACKAGED", tmp_path / "package")
+    assert vision_ssl.load("mae_big").card["method"] == "mae"
+    monkeypatch.setattr(registry, "CLONED", tmp_path / "no clone")
+    with pytest.raises(WeightsError, match=r"^mae_big\.data is too big for the package, and is in clones alone"):
+        vision_ssl.load("mae_big")
 
 
 def test_names_of_published_models() -> None:

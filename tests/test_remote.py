@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import nn
 
 import vision_ssl
 from tests.hub_server import TOKEN, Client, ClientError, Fault, Files, HubServer
-from vision_ssl import hub
+from vision_ssl import hub, registry
 from vision_ssl.encoders import resolve_encoder
 from vision_ssl.errors import WeightsError
 from vision_ssl.registry import Weights
@@ -123,7 +124,8 @@ def test_a_registered_model_comes_from_its_commit(
     commit = server.publish("zoo/registered", files)
     server.publish("zoo/registered", weights(tmp_path / "newer", seed=1))
     entry = Weights("mae_new.data", "", {ENCODER: sha256(files[ENCODER])}, repo="zoo/registered", revision=commit)
-    client.run("from vision_ssl import registry\nregistry.WEIGHTS = (registry.Weights(**entry),)", entry=vars(entry))
+    client.run("from vision_ssl import registry\nkept = registry.WEIGHTS")
+    client.run("registry.WEIGHTS = (registry.Weights(**entry),)", entry=vars(entry))
     try:
         assert client.run(LOAD, name="mae_new", cache=tmp_path / "cache") == fingerprint(files)
         server.requests.clear()
@@ -137,6 +139,71 @@ def test_a_registered_model_comes_from_its_commit(
         client.run(
             "import importlib\nimportlib.reload(registry)\nfrom vision_ssl import locate\nimportlib.reload(locate)"
         )
+
+
+def test_weights_of_others_come_from_timms_repository(server: HubServer, client: Client, tmp_path: Path) -> None:
+    name, repo = "vit_tiny_patch16_224", "timm/vit_tiny_patch16_224.mae"
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, num_classes=0).eval()
+    config = {  # in the form of those of the Hub
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": 192,
+        "global_pool": "token",
+        "pretrained_cfg": {
+            "tag": "mae",
+            "custom_load": False,
+            "input_size": [3, 224, 224],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.9,
+            "crop_mode": "center",
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "cc-by-nc-4.0",
+        },
+    }
+    commit = server.publish(repo, {CONFIG: json.dumps(config).encode(), ENCODER: save(theirs.state_dict())})
+    client.run("from vision_ssl import registry\nkept = registry.UPSTREAM")
+    client.run("registry.UPSTREAM = (registry._mae('tiny', 16, commit, {}),)", commit=commit)
+    images = torch.rand(1, 3, 224, 224)
+    code = (
+        "encoder = vision_ssl.load(name, global_pool='token', cache_dir=cache)\n"
+        "result = encoder(torch.tensor(images)).tolist(), encoder.card"
+    )
+    for asked in ("mae_vit_tiny", "mae_vit_tiny.in1k", f"hf:{repo}"):
+        features, card = client.run(code, name=asked, cache=tmp_path, images=images.tolist())
+        torch.testing.assert_close(torch.tensor(features), theirs(images))
+        assert card.get("licence") == (None if asked[:3] == "hf:" else "CC-BY-NC-4.0: not for commercial use")
+    terms = f"not for commercial use; its hash is {registry.UPSTREAM[0].card['hash']}"
+    assert client.output.splitlines().count(f"mae_vit_tiny: CC-BY-NC-4.0: {terms}") == 1
+    client.run("registry.UPSTREAM = kept")
+
+
+def test_pickled_code_is_never_asked_for(server: HubServer, client: Client, files: Files, tmp_path: Path) -> None:
+    code = b"cposix\nsystem\n(S'touch " + str(tmp_path / "canary").encode() + b"'\ntR."
+    pickles = {"pytorch_model.bin": code, "model.pt": code, "model.pkl": code}
+    server.publish("me/pickles", pickles | {CONFIG: without_hashes(files)[CONFIG]})
+    message = refusal(client, LOAD, name="hf:me/pickles", cache=tmp_path / "cache")
+    assert message == "cannot load model.safetensors of me/pickles: the repository has no such file"
+    server.publish("me/pickles", pickles | without_hashes(files) | {ENCODER: code})
+    assert "is damaged or not a safetensors file" in refusal(
+        client, LOAD, name="hf:me/pickles", cache=tmp_path / "cache"
+    )
+    assert [request for request in server.requests if "/pytorch_model" in request or "/model.p" in request] == []
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_hostile_config_costs_no_download(server: HubServer, client: Client, files: Files, tmp_path: Path) -> None:
+    config = json.loads(files[CONFIG]) | {"architecture": "vit_giant_patch14_224"}
+    server.publish("me/hostile", files | {CONFIG: json.dumps(config).encode()})
+    message = refusal(client, LOAD, name="hf:me/hostile", cache=tmp_path)
+    assert "config.json asks for 'vit_giant_patch14_224': expected one of resnet18, " in message
+    assert server.asked("GET /cdn/") == []
 
 
 @pytest.mark.parametrize("voucher", ["its card", "the Hub"])

@@ -233,7 +233,7 @@ def _fill(module: nn.Module, path: Path, tensors: dict[str, Tensor], *, new_head
     """Put tensors into a module: every one has its place, and only a new head may be left out."""
     given, needed = _shapes(tensors), _shapes(module.state_dict())
     misfits = [
-        f"{name!r} is {given.get(name, 'missing')}, expected {needed.get(name, 'nothing')}"
+        f"{name[:100]!r} is {str(given.get(name, 'missing'))[:100]}, expected {needed.get(name, 'nothing')}"
         for name in dict.fromkeys([*needed, *given])
         if given.get(name) != needed.get(name)
         and not (new_head and name not in given and name.startswith(f"{new_head}."))

@@ -51,8 +51,9 @@ class Located:
 
     @property
     def terms(self) -> str | None:
-        """What binds whoever uses the weights of others."""
-        return self.place.facts.get("licence")
+        """What is to be known before the weights of others are used."""
+        facts = self.place.facts
+        return f"{facts['licence']}; its hash is {facts['hash']}" if facts else None
 
     def has_head(self) -> bool:
         """Whether there is a projector or decoder; in a repository, whether its card lists one."""

@@ -96,6 +96,7 @@ def _mae(size: str, patch_size: int, revision: str, sha256: dict[str, str]) -> W
             "source": f"hf:{repo}@{revision}, from https://github.com/facebookresearch/mae",
             "licence": "CC-BY-NC-4.0: not for commercial use",
             "sha256": sha256,
+            "hash": "pinned" if sha256 else "not pinned: the file is checked against the hash that the Hub announces",
             "scores": [],
         },
     )
