@@ -1,6 +1,8 @@
 """Hostile files: whatever a config or a safetensors header says, there is a clean error or a good answer."""
 
 import json
+import os
+import resource
 import struct
 from pathlib import Path
 from random import Random
@@ -88,14 +90,12 @@ def test_configs(tmp_path: Path, draw: Random) -> None:
         assert isinstance(card, dict)
 
 
-def with_header(header: object, content: bytes = b"\0" * 18) -> bytes:
+def with_header(header: object, content: bytes = bytes(18)) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + content
 
 
-def read(path: Path, content: bytes | None) -> None:
-    if content is not None:
-        path.write_bytes(content)
+def read(path: Path) -> None:
     tensors, _ = load_tensors(path)
     hub._fill(nn.Linear(2, 3), path, tensors)
 
@@ -110,8 +110,10 @@ def test_headers_of_safetensors(tmp_path: Path, draw: Random) -> None:
         content = with_header(changed(header, draw), content[8 + length :])
     else:
         content = flipped(content, draw)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
     try:
-        read(tmp_path / "model.safetensors", content)
+        read(path)
     except VisionSSLError as error:
         assert_clean(error)
 
@@ -137,14 +139,46 @@ def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
     ids=lambda header: str(header)[:60],
 )
 def test_headers_that_lie(tmp_path: Path, header: dict[str, Any]) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(with_header(header))
     with pytest.raises(VisionSSLError) as refusal:
-        read(tmp_path / "model.safetensors", with_header(header, b"\0" * 18))
+        read(path)
     assert_clean(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["[" * 100_000, "1" * 5_000, "{", "\\ud800"], ids=["deep", "long", "open", "surrogate"]
-)
+OTHER_TYPES = ["F64", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I64", "U8", "BOOL", "C64"]
+
+
+@pytest.mark.parametrize("dtype", OTHER_TYPES)
+def test_other_types_of_numbers(tmp_path: Path, dtype: str) -> None:
+    width = {"F64": 8, "I64": 8, "C64": 8, "BF16": 2, "F4": 0.5}.get(dtype, 1)
+    weight, bias = int(6 * width), int(4 * width)
+    header = {"weight": entry(dtype, [3, 2], 0, weight), "bias": entry(dtype, [4], weight, weight + bias)}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(with_header(header, b"\0" * (weight + bias)))
+    model = nn.ParameterDict({"weight": torch.ones(3, 2), "bias": torch.ones(4)})
+    if dtype in ("F64", "BF16", "I64"):
+        hub._fill(model, path, load_tensors(path)[0])
+        assert not model["weight"].any()
+    else:
+        with pytest.raises(VisionSSLError) as refusal:
+            hub._fill(model, path, load_tensors(path)[0])
+        assert_clean(refusal.value)
+
+
+@pytest.mark.parametrize("size", [2**32, 2**40], ids=["4 GB", "1 TB"])
+def test_a_file_that_is_larger_than_what_it_should_be(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(with_header({"weight": entry("F16", [size // 2], 0, size)}, b""))
+    os.truncate(path, path.stat().st_size + size)  # sparse: it takes no room on the disk
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(VisionSSLError) as refusal:
+        read(path)
+    assert_clean(refusal.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # kB
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000, "{"], ids=["deep", "long", "open"])
 def test_facts_that_are_no_json(tmp_path: Path, text: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(save({"a": torch.zeros(1)}, {"facts": text}))

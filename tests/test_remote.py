@@ -109,6 +109,16 @@ def test_a_revision_stays_what_it_is(server: HubServer, client: Client, files: F
         assert client.run(LOAD, name=name, cache=tmp_path / "cache") == fingerprint(expected), name
 
 
+def test_all_files_are_of_one_commit(server: HubServer, client: Client, files: Files, tmp_path: Path) -> None:
+    server.publish("me/moving", files)
+    located = "from vision_ssl.locate import locate\nlocated = locate('hf:me/moving', cache_dir=cache)"
+    client.run(located, cache=tmp_path / "cache")
+    server.publish("me/moving", weights(tmp_path / "newer", seed=1))
+    assert client.run("result = hashlib.sha256(located.encoder()[0].read_bytes()).hexdigest()") == sha256(
+        files[ENCODER]
+    )
+
+
 @pytest.mark.parametrize(
     "name",
     ["hf:", "hf:me", "hf:../x", "hf:/etc/passwd", "hf:me/a/b", "hf:me/..", "hf:a/b@../c", "hf:a/b@/c", "hf:a/b@"],
@@ -180,7 +190,7 @@ def test_weights_of_others_come_from_timms_repository(server: HubServer, client:
         torch.testing.assert_close(torch.tensor(features), theirs(images))
         assert card.get("licence") == (None if asked[:3] == "hf:" else "CC-BY-NC-4.0: not for commercial use")
     terms = f"not for commercial use; its hash is {registry.UPSTREAM[0].card['hash']}"
-    assert client.output.splitlines().count(f"mae_vit_tiny: CC-BY-NC-4.0: {terms}") == 1
+    assert client.output.splitlines().count(f"mae_vit_tiny.in1k: CC-BY-NC-4.0: {terms}") == 2  # not by `hf:`
     client.run("registry.UPSTREAM = kept")
 
 

@@ -1,6 +1,5 @@
 """Weights in and out: by name, from a folder, a file or the Hugging Face Hub, in timm's own form."""
 
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from .errors import RecipeError, WeightsError
 from .locate import ENCODER_FILE, HEAD_FILE, file_hash, locate
 from .storage import save_json, save_tensors
 
-_LOG = logging.getLogger("vision_ssl")
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # the last is BatchNorm's counter
 
 
 class Encoder(nn.Module):
@@ -155,8 +154,6 @@ def load(
     spec = replace(spec, channels=in_chans or stored)
     encoder = spec.build(num_classes, global_pool=global_pool)
     if pretrained:
-        if located.terms is not None:
-            _LOG.warning("%s: %s", name, located.terms)
         path, tensors = located.encoder()
         if spec.channels != stored:
             first = f"{spec.first_conv}.weight"
@@ -241,6 +238,8 @@ def _fill(module: nn.Module, path: Path, tensors: dict[str, Tensor], *, new_head
     if misfits:
         raise WeightsError(f"{path} does not fit {type(module).__name__}: {first_few(misfits)}")
     for name, tensor in tensors.items():
+        if tensor.dtype not in _TYPES:
+            raise WeightsError(f"{path} has {name} as {tensor.dtype}: expected one of {', '.join(map(str, _TYPES))}")
         if not tensor.isfinite().all():
             raise WeightsError(f"{path} is damaged: {name} has values that are not finite")
     module.load_state_dict(tensors, strict=False)  # a new head keeps its random weights

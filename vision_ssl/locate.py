@@ -1,6 +1,7 @@
 """Weights where they lie: found by name, path or reference, and read once their hashes are right."""
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -15,6 +16,8 @@ from .errors import CheckpointError, WeightsError
 from .registry import find, list_models
 from .remote import PREFIX, Repository, announced_hash, parse_reference, set_aside
 from .storage import load_tensors
+
+_LOG = logging.getLogger("vision_ssl")
 
 ENCODER_FILE, HEAD_FILE = "model.safetensors", "head.safetensors"
 
@@ -49,12 +52,6 @@ class Located:
     card: dict[str, Any]
     place: _Place
 
-    @property
-    def terms(self) -> str | None:
-        """What is to be known before the weights of others are used."""
-        facts = self.place.facts
-        return f"{facts['licence']}; its hash is {facts['hash']}" if facts else None
-
     def has_head(self) -> bool:
         """Whether there is a projector or decoder; in a repository, whether its card lists one."""
         if self.place.repository is None:
@@ -64,9 +61,13 @@ class Located:
     def encoder(self) -> tuple[Path, dict[str, Tensor]]:
         """Fetch and read the encoder's file, whose hash is the right one if it is known.
 
+        Of the weights of others, it is said in a line what their licence is.
+
         Raises:
             WeightsError: It is missing, damaged, or another than the registry, the card or the Hub vouches for.
         """
+        if facts := self.place.facts:
+            _LOG.warning("%s: %s; its hash is %s", facts["name"], facts["licence"], facts["hash"])
         return self._read(self.place.encoder_file)
 
     def head(self) -> tuple[Path, dict[str, Tensor]]:
