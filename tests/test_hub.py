@@ -118,7 +118,7 @@ def test_timm_loads_it_by_itself(tmp_path: Path, spec: EncoderSpec) -> None:
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     ours = vision_ssl.load(tmp_path)
     assert torch.equal(theirs(IMAGES), ours(IMAGES))
-    classifier = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).eval()
+    classifier: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).eval()
     assert torch.equal(classifier.forward_features(IMAGES), ours.forward_features(IMAGES))
     data = timm.data.config.resolve_data_config(model=theirs)
     assert (list(data["input_size"]), data["interpolation"], data["crop_pct"]) == ([3, 24, 24], "bicubic", 1.0)

@@ -1,6 +1,7 @@
 """Weights in and out: by name, from a folder, a file or the Hugging Face Hub, in timm's own form."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -15,7 +16,7 @@ from .data import Preprocess, channel_statistics
 from .device import pick_device
 from .encoders import EncoderSpec, feature_dim, resize_input
 from .errors import RecipeError, WeightsError
-from .locate import ENCODER_FILE, HEAD_FILE, file_hash, locate
+from .locate import ENCODER_FILE, HEAD_FILE, Located, file_hash, locate
 from .storage import save_json, save_tensors
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # the last is BatchNorm's counter
@@ -197,15 +198,54 @@ def load_into(
         WeightsError: The weights are of another architecture, or cannot be read.
     """
     located = locate(name, cache_dir=cache_dir, local_files_only=local_files_only)
+    _fill_model(model, located, str(name), head_required=head_required, fill=_fill)
+
+
+def load_model(
+    build: Callable[[], nn.Module],
+    name: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> nn.Module:
+    """Build a model and put all of the weights of `name` into it, as `load_into` does.
+
+    What is to be built comes from a card, and may be larger than memory: so it is built without memory first, and
+    in earnest once it is known that the files fill it.
+
+    Args:
+        build: Makes a model with an `encoder` and a `head`.
+        name: As for `load`.
+        cache_dir: As for `load`.
+        local_files_only: As for `load`.
+
+    Raises:
+        WeightsError: The weights are not those of this model, or cannot be read.
+    """
+    located = locate(name, cache_dir=cache_dir, local_files_only=local_files_only)
+    try:
+        with torch.device("meta"):
+            outline = build()
+    except (ArithmeticError, RuntimeError, TypeError) as error:  # a size that not even an outline can have
+        raise WeightsError(f"{str(name)!r} has a recipe that cannot be built: {str(error)[:200]!r}") from error
+    _fill_model(outline, located, str(name), head_required=True, fill=_check)
+    model = build()
+    _fill_model(model, located, str(name), head_required=True, fill=_fill)
+    return model
+
+
+def _fill_model(
+    model: nn.Module, located: Located, name: str, *, head_required: bool, fill: Callable[..., None]
+) -> None:
     encoder, head = cast(Any, model.encoder), cast(nn.Module, model.head)
     architecture, expected = located.spec.architecture, encoder.pretrained_cfg["architecture"]
     if architecture != expected:  # of the two small stems, either would take the other's tensors
-        raise WeightsError(f"{str(name)!r} holds a {architecture}: expected {expected}, as encoder and stem ask for")
-    _fill(encoder, *located.encoder())
+        raise WeightsError(f"{name!r} holds a {architecture}: expected {expected}, as encoder and stem ask for")
+    fill(encoder, *located.encoder())
     if head_required or located.has_head():
         path, tensors = located.head()
         if head_required or _shapes(tensors) == _shapes(head.state_dict()):
-            _fill(head, path, tensors)
+            fill(head, path, tensors)
 
 
 def read_card(
@@ -226,8 +266,8 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _fill(module: nn.Module, path: Path, tensors: dict[str, Tensor], *, new_head: str | None = None) -> None:
-    """Put tensors into a module: every one has its place, and only a new head may be left out."""
+def _check(module: nn.Module, path: Path, tensors: dict[str, Tensor], *, new_head: str | None = None) -> None:
+    """Refuse tensors unless every one has its place; only a new head may be left out."""
     given, needed = _shapes(tensors), _shapes(module.state_dict())
     misfits = [
         f"{name[:100]!r} is {str(given.get(name, 'missing'))[:100]}, expected {needed.get(name, 'nothing')}"
@@ -237,6 +277,11 @@ def _fill(module: nn.Module, path: Path, tensors: dict[str, Tensor], *, new_head
     ]
     if misfits:
         raise WeightsError(f"{path} does not fit {type(module).__name__}: {first_few(misfits)}")
+
+
+def _fill(module: nn.Module, path: Path, tensors: dict[str, Tensor], *, new_head: str | None = None) -> None:
+    """Put tensors into a module, if they fit and are numbers."""
+    _check(module, path, tensors, new_head=new_head)
     for name, tensor in tensors.items():
         if tensor.dtype not in _TYPES:
             raise WeightsError(f"{path} has {name} as {tensor.dtype}: expected one of {', '.join(map(str, _TYPES))}")

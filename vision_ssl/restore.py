@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Of `load`: these the whole model takes, and the others change the encoder alone.
 _OPTIONS_OF_FULL = ("pretrained", "dtype", "device", "cache_dir", "local_files_only")
 
+_MOST_BLOCKS = 1_000  # of a decoder: each takes time to lay out, even without memory
+
 
 @overload
 def load(
@@ -77,12 +79,10 @@ def _load_full(
 ) -> SimCLRModel | MAEModel:
     card = hub.read_card(name, **where)
     recipe = _recipe_in(card, name)
-    model = cast(SimCLRModel | MAEModel, recipe.build())
-    if pretrained:
-        hub.load_into(model, name, head_required=True, **where)
+    model = hub.load_model(recipe.build, name, **where) if pretrained else recipe.build()
     model.to(device=None if device is None else pick_device(str(device)), dtype=dtype)
     hub.attach(model, recipe.image_size, recipe.channels, card)
-    return model.eval()
+    return cast(SimCLRModel | MAEModel, model.eval())
 
 
 def recipe_of(name: str | os.PathLike[str]) -> Recipe:
@@ -97,7 +97,10 @@ def recipe_of(name: str | os.PathLike[str]) -> Recipe:
 def _recipe_in(card: dict[str, Any], name: str | os.PathLike[str]) -> Recipe:
     if "recipe" not in card:
         raise WeightsError(f"{str(name)!r} has no recipe in its card: expected weights that this package trained")
-    return recipe_from_dict(card["recipe"])
+    recipe = recipe_from_dict(card["recipe"])
+    if isinstance(recipe, MAE) and recipe.decoder_depth > _MOST_BLOCKS:
+        raise WeightsError(f"{str(name)!r} has a decoder of {recipe.decoder_depth:.3g} blocks: expected far fewer")
+    return recipe
 
 
 def random_encoder(name: str | os.PathLike[str], *, seed: int = 0) -> hub.Encoder:
@@ -143,8 +146,7 @@ def reconstruct(
         raise WeightsError(f"{str(name)!r} was trained by {recipe.method}: expected mae, which can reconstruct")
     if mask_ratio is not None:
         recipe = replace(recipe, mask_ratio=mask_ratio)
-    model = cast(MAEModel, recipe.build()).eval()
-    hub.load_into(model, name, head_required=True)
+    model = cast(MAEModel, hub.load_model(recipe.build, name)).eval()
     mean, std = channel_statistics(recipe.channels)
     preprocess = Preprocess(recipe.image_size, mean, std)
     batch = torch.stack([preprocess(image) for image in images])
