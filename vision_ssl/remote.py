@@ -120,8 +120,8 @@ def _explain(error: BaseException, repo: str) -> str:
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
-    response = next((cause.response for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
-    status = None if response is None else response.status_code
+    answers = [answer for cause in causes if (answer := getattr(cause, "response", None)) is not None]
+    status = answers[0].status_code if answers else None
     token = "the token of HF_TOKEN or `hf auth login`"
     access = f"{token} does not open it" if get_token() else "set HF_TOKEN, or log in by `hf auth login`"
     if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
@@ -132,7 +132,7 @@ def _explain(error: BaseException, repo: str) -> str:
         return f"there is no such repository, or it is private: {access}"
     if status in (401, 403):
         return f"the Hub forbids it: {access}"
-    if any(isinstance(cause, errors.RemoteEntryNotFoundError) for cause in causes):
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return "the repository has no such file"
     if status is not None:
         return f"{constants.ENDPOINT} answered {status}: try again later"
