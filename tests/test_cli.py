@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vision_ssl import cli, registry
+from vision_ssl import cli, commands, registry
 from vision_ssl.data import open_images
 from vision_ssl.features import Features
 from vision_ssl.hub import load
@@ -249,7 +249,8 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_list_of_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "WEIGHTS", ())
+    monkeypatch.setattr(commands, "WEIGHTS", ())
+    monkeypatch.setattr(commands, "UPSTREAM", ())
     cli.main(["list"])
     assert capsys.readouterr().out == "name  linear  kNN\n"
 
@@ -270,7 +271,8 @@ def test_list_of_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
     weights = tuple(Weights(name, f"this is {name}", {}) for name in cards)
     monkeypatch.setattr(registry, "PACKAGED", tmp_path)
     monkeypatch.setattr(registry, "WEIGHTS", weights)
-    monkeypatch.setattr(cli, "WEIGHTS", weights)
+    monkeypatch.setattr(commands, "WEIGHTS", weights)
+    monkeypatch.setattr(commands, "UPSTREAM", ())
     cli.main(["list"])
     assert capsys.readouterr().out.splitlines() == [
         "name         linear  kNN",

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import __version__, hub
+from .config import CONFIG_FILE
 from .data import ImageSet, open_images
 from .device import native_bf16, pick_device
 from .diagnosis import diagnose, expected_loss
@@ -69,13 +70,31 @@ class Run:
     @property
     def kept(self) -> dict[int, Path]:
         """Folders of the encoders that were kept, as `load` takes them, by epoch."""
-        configs = sorted(self.directory.glob(f"{EPOCHS_FOLDER}/[0-9]*/{hub.CONFIG_FILE}"))
+        configs = sorted(self.directory.glob(f"{EPOCHS_FOLDER}/[0-9]*/{CONFIG_FILE}"))
         return {int(config.parent.name): config.parent for config in configs}
 
     @property
     def metrics(self) -> list[dict[str, float]]:
         """The lines of `metrics.jsonl`: one a step, and one for each look at the encoder."""
         return [dict(line) for line in read_metrics(self.directory)]
+
+    def push(self, repo: str, *, private: bool = False, tag: str | None = None) -> str:
+        """Publish the weights and a model card on the Hugging Face Hub; return the address of the commit.
+
+        What is there already is not sent again. `vision_ssl.load("hf:owner/name")` loads it, and timm's
+        `create_model("hf-hub:owner/name", pretrained=True)`.
+
+        Args:
+            repo: `owner/name`; made if it is not there.
+            private: Make it private.
+            tag: A name for this commit, which never changes its meaning.
+
+        Raises:
+            WeightsError: There are no weights yet, or the Hub refuses or cannot be reached.
+        """
+        from .extra.push import push
+
+        return cast(str, push(self.directory, repo, private=private, tag=tag).url)
 
 
 def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
