@@ -15,3 +15,23 @@ def simclr_resnet18(**options: _Any) -> _Any:
 def mae_vit_small(**options: _Any) -> _Any:
     """MAE ViT-Small/8 for 64 px images, features (B, 384); options as for `vision_ssl.load`."""
     return vision_ssl.load("mae_vit_small", **options)
+
+
+def mae_vit_base(**options: _Any) -> _Any:
+    """MAE ViT-Base/16 of its authors, for 224 px images, features (B, 768), CC-BY-NC-4.0; options as above."""
+    return vision_ssl.load("mae_vit_base", **options)
+
+
+def mae_vit_large(**options: _Any) -> _Any:
+    """MAE ViT-Large/16 of its authors, for 224 px images, features (B, 1024), CC-BY-NC-4.0; options as above."""
+    return vision_ssl.load("mae_vit_large", **options)
+
+
+def mae_vit_huge(**options: _Any) -> _Any:
+    """MAE ViT-Huge/14 of its authors, for 224 px images, features (B, 1280), CC-BY-NC-4.0; options as above."""
+    return vision_ssl.load("mae_vit_huge", **options)
+
+
+def encoder(name: str, **options: _Any) -> _Any:
+    """Any encoder, features (B, D): a name, a folder, or `hf:owner/repo`; options as for `vision_ssl.load`."""
+    return vision_ssl.load(name, **options)

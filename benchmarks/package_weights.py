@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from vision_ssl.hub import CONFIG_FILE
+from vision_ssl.config import CONFIG_FILE
 from vision_ssl.registry import PACKAGED
 from vision_ssl.storage import save_json
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.hub_server import Client, HubServer, serve
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -32,3 +34,38 @@ def photos(tmp_path: Path) -> Path:
             pixels = np.clip(rng.normal(colour, 40, size=(48, 40, 3)), 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.jpg")
     return folder
+
+
+@pytest.fixture(scope="session")
+def _hub() -> Iterator[HubServer]:
+    with serve() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _hub_client(_hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    client = Client(tmp_path_factory.mktemp("home"), _hub.url)
+    client.run(
+        "import hashlib, os\n"
+        "import timm, torch\n"
+        "import vision_ssl\n"
+        "torch.set_num_threads(1)\n"
+        "def fingerprint(encoder):\n"
+        "    return {name: hashlib.sha256(tensor.numpy()).hexdigest() for name, tensor in encoder.state_dict().items()}"
+    )
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def server(_hub: HubServer) -> HubServer:
+    """A Hub on loopback that nothing was asked of, where all goes well."""
+    _hub.requests.clear()
+    _hub.faults.clear()
+    return _hub
+
+
+@pytest.fixture
+def client(server: HubServer, _hub_client: Client) -> Client:
+    """A process whose Hub is `server`: one for all tests, since its imports take seconds."""
+    return _hub_client

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vision_ssl import cli, registry
+from vision_ssl import cli, commands, registry
 from vision_ssl.data import open_images
 from vision_ssl.features import Features
 from vision_ssl.hub import load
@@ -249,7 +249,8 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_list_of_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "WEIGHTS", ())
+    monkeypatch.setattr(commands, "WEIGHTS", ())
+    monkeypatch.setattr(commands, "UPSTREAM", ())
     cli.main(["list"])
     assert capsys.readouterr().out == "name  linear  kNN\n"
 
@@ -270,7 +271,8 @@ def test_list_of_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
     weights = tuple(Weights(name, f"this is {name}", {}) for name in cards)
     monkeypatch.setattr(registry, "PACKAGED", tmp_path)
     monkeypatch.setattr(registry, "WEIGHTS", weights)
-    monkeypatch.setattr(cli, "WEIGHTS", weights)
+    monkeypatch.setattr(commands, "WEIGHTS", weights)
+    monkeypatch.setattr(commands, "UPSTREAM", ())
     cli.main(["list"])
     assert capsys.readouterr().out.splitlines() == [
         "name         linear  kNN",
@@ -321,7 +323,7 @@ def test_every_field_is_an_option(asked: list[tuple[Recipe, Any, RunOptions]]) -
     words = (
         "train simclr photos --encoder resnet34 --stem 3x3-nopool --crop-scale 0.1 0.9 --jitter 0.1 0.2 0.3 0.4 "
         "--clip-grad 1.5 --no-projector-norm --warmup-epochs 2 --blur-kernel 5 --out here --init there --parts a b "
-        "--time-limit 1.5 --seed 3 --no-resume --precision bf16 --knn-epochs 0 --keep-epochs 4 "
+        "--time-limit 1.5 --seed 3 --no-resume --precision bf16 --look-epochs 0 --keep-epochs 4 "
         "--cache-dir c --cache-size 72"
     )
     cli.main(words.split())
@@ -343,7 +345,7 @@ def test_every_field_is_an_option(asked: list[tuple[Recipe, Any, RunOptions]]) -
         time_limit=1.5,
         seed=3,
         precision="bf16",
-        knn_epochs=0,
+        look_epochs=0,
         keep_epochs=4,
         cache_dir="c",
         cache_size=72,

@@ -26,6 +26,7 @@ from vision_ssl.extra.infer import infer_resnet, infer_vit
 from vision_ssl.extra.layouts import ENCODERS as ENCODER_LAYOUTS
 from vision_ssl.extra.layouts import Layout
 from vision_ssl.extra.pickles import flatten, read_checkpoint
+from vision_ssl.locate import file_hash
 from vision_ssl.mae import random_mask
 from vision_ssl.recipes import MAE, SimCLR, recipe_from_dict
 from vision_ssl.restore import reconstruct
@@ -717,7 +718,7 @@ SPOILED: dict[str, tuple[Callable[[State], object], str]] = {
     "depth": (lambda s: s.pop("blocks.11.norm1.weight"), "a ViT 192 wide with 11 blocks is none of ours"),
     "width": (
         lambda s: s.update({"patch_embed.proj.weight": torch.ones(1024, 3, 8, 8)}),
-        "a ViT 1024 wide with 12 blocks is none of ours: expected vit_tiny of 192, vit_small of 384, vit_base of 768",
+        "a ViT 1024 wide with 12 blocks is none of ours: expected vit_tiny of 192 and 12, vit_small of 384 and 12",
     ),
     "no class token": (lambda s: s.pop("cls_token"), "'cls_token' is missing: expected a tensor of 3 dimensions"),
     "no position": (lambda s: s.pop("pos_embed"), "'pos_embed' is missing"),
@@ -951,7 +952,7 @@ def test_the_card_says_where_it_came_from(tmp_path: Path, vit_state: State) -> N
     torch.save(vit_state, tmp_path / "mine.pth")
     result = convert(tmp_path / "mine.pth", tmp_path / "weights")
     card = vision_ssl.load(tmp_path / "weights").card
-    source = {"file": "mine.pth", "sha256": hub.file_hash(tmp_path / "mine.pth"), "recognised": "timm's ViT"}
+    source = {"file": "mine.pth", "sha256": file_hash(tmp_path / "mine.pth"), "recognised": "timm's ViT"}
     assert card["source"] == source
     assert (card["left_out"], card["notes"], card["scores"]) == ([], list(result.notes), [])
     assert card["licence"] == result.licence == "unknown: see its source"
@@ -1025,7 +1026,7 @@ def test_training_goes_on_from_imported_weights(tmp_path: Path, photos: Path) ->
         base_lr=0.0,
     )
     run = recipe.train(
-        photos, init=str(tmp_path / "weights"), out=str(tmp_path / "run"), device="cpu", precision="fp32", knn_epochs=0
+        photos, init=str(tmp_path / "weights"), out=str(tmp_path / "run"), device="cpu", precision="fp32", look_epochs=0
     )
     for file in ("model.safetensors", "head.safetensors"):
         trained, imported = (load_file(tmp_path / place / file) for place in ("run/weights", "weights"))

@@ -32,6 +32,8 @@ WIDTHS = {
     "vit_tiny": 192,
     "vit_small": 384,
     "vit_base": 768,
+    "vit_large": 1024,
+    "vit_huge": 1280,
 }
 # Millions of parameters without a classifier, of the architectures at 224 px.
 SIZES = {
@@ -41,6 +43,8 @@ SIZES = {
     "vit_tiny": 5.52,
     "vit_small": 21.67,
     "vit_base": 85.80,
+    "vit_large": 303.30,
+    "vit_huge": 630.92,  # with patches of 16 px
 }
 
 
@@ -206,7 +210,7 @@ def test_resized_input_of_a_resnet_changes_nothing() -> None:
 
 def test_resized_input_must_hold_whole_patches() -> None:
     vit = small_vit()
-    with pytest.raises(RecipeError, match="image_size=50 is not divisible by patch_size=8: the nearest valid is 48"):
+    with pytest.raises(RecipeError, match="img_size=50 is not divisible by patch_size=8: the nearest valid is 48"):
         resize_input(vit, 50)
     assert vit(torch.randn(1, 3, 32, 32)).shape == (1, 192)
 

@@ -50,7 +50,7 @@ def test_finetune(source: Path) -> None:
 
 def test_pretrain_on_a_folder(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    settings = {"epochs": 1, "batch_size": 12, "device": "cpu", "knn_epochs": 0}
+    settings = {"epochs": 1, "batch_size": 12, "device": "cpu", "look_epochs": 0}
     example("pretrain_on_a_folder").main(str(source), str(out), **settings)
     assert "features (24, 512) of the same images" in capsys.readouterr().out
     assert (out / "weights" / "model.safetensors").is_file()

@@ -2,6 +2,7 @@ import copy
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import vision_ssl
 from vision_ssl import hub, registry
 from vision_ssl.encoders import EncoderSpec, resolve_encoder
 from vision_ssl.errors import RecipeError, WeightsError
+from vision_ssl.locate import ENCODER_FILE, file_hash
 from vision_ssl.recipes import recipe_from_dict
 from vision_ssl.registry import Weights
 
@@ -54,7 +56,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return copied
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     change(config)
@@ -63,10 +65,11 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def register(monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str) -> None:
     """Publish one folder of weights under some names, the newest last."""
-    hashes = {path.name: hub.file_hash(path) for path in folder.glob("*.safetensors")}
+    hashes = {path.name: file_hash(path) for path in folder.glob("*.safetensors")}
     for name in names:
         (folder.parent / name).symlink_to(folder, target_is_directory=True)
     monkeypatch.setattr(registry, "PACKAGED", folder.parent)
+    monkeypatch.setattr(registry, "UPSTREAM", ())
     monkeypatch.setattr(registry, "WEIGHTS", tuple(Weights(name, "made for a test", hashes) for name in names))
 
 
@@ -103,7 +106,7 @@ def test_features_have_the_promised_shapes(folder: Path, tmp_path: Path) -> None
 
 
 def test_the_card_and_hashes_travel_along(folder: Path) -> None:
-    files = {name: hub.file_hash(folder / name) for name in ("model.safetensors", "head.safetensors")}
+    files = {name: file_hash(folder / name) for name in ("model.safetensors", "head.safetensors")}
     assert vision_ssl.load(folder).card == CARD | {"sha256": files}
     assert hub.read_card(folder) == CARD | {"sha256": files}
     assert "größe" in (folder / "config.json").read_text(encoding="utf-8")
@@ -115,6 +118,8 @@ def test_timm_loads_it_by_itself(tmp_path: Path, spec: EncoderSpec) -> None:
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     ours = vision_ssl.load(tmp_path)
     assert torch.equal(theirs(IMAGES), ours(IMAGES))
+    classifier: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).eval()
+    assert torch.equal(classifier.forward_features(IMAGES), ours.forward_features(IMAGES))
     data = timm.data.config.resolve_data_config(model=theirs)
     assert (list(data["input_size"]), data["interpolation"], data["crop_pct"]) == ([3, 24, 24], "bicubic", 1.0)
     assert (tuple(data["mean"]), tuple(data["std"])) == (ours.preprocess.mean, ours.preprocess.std)
@@ -144,7 +149,7 @@ def test_the_bare_architecture(folder: Path) -> None:
 
 
 def test_another_image_size(folder: Path, tmp_path: Path) -> None:
-    encoder = vision_ssl.load(folder, image_size=40)
+    encoder = vision_ssl.load(folder, img_size=40)
     assert encoder.preprocess.size == 40
     assert encoder.forward_features(torch.zeros(1, 3, 40, 40)).shape == (1, 1 + 25, 192)
     embedding = vision_ssl.load(folder).get_parameter("pos_embed")
@@ -153,22 +158,75 @@ def test_another_image_size(folder: Path, tmp_path: Path) -> None:
     expected = torch.cat([embedding[:, :1], resized.flatten(2).mT], dim=1)
     torch.testing.assert_close(encoder.get_parameter("pos_embed"), expected, atol=1e-5, rtol=1e-4)
     hub.save(tmp_path, build(RESNET), RESNET, card={})
-    resnet = vision_ssl.load(tmp_path, image_size=40)
+    resnet = vision_ssl.load(tmp_path, img_size=40)
     assert (resnet.preprocess.size, resnet(torch.zeros(1, 3, 40, 40)).shape) == (40, (1, 512))
+
+
+@pytest.mark.parametrize("spec", [VIT, RESNET, SMALL_STEM], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_other_channels_are_adapted_as_timm_does(tmp_path: Path, spec: EncoderSpec, channels: int) -> None:
+    hub.save(tmp_path, build(spec), spec, card=CARD)
+    encoder = vision_ssl.load(tmp_path, in_chans=channels)
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=channels).eval()
+    images = torch.rand(2, channels, 24, 24)
+    assert torch.equal(encoder(images), theirs(images))
+    assert encoder.preprocess.mean == (0.5,) * channels
+
+
+def test_only_weights_for_three_channels_are_adapted(tmp_path: Path) -> None:
+    spec = replace(VIT, channels=5)
+    hub.save(tmp_path, build(spec), spec, card=CARD)
+    assert vision_ssl.load(tmp_path, in_chans=5)(torch.rand(1, 5, 24, 24)).shape == (1, 192)
+    with pytest.raises(RecipeError, match="in_chans=3 does not fit weights for 5 channels: only those for 3 adapt"):
+        vision_ssl.load(tmp_path, in_chans=3)
+
+
+def test_other_pooling(folder: Path, tmp_path: Path) -> None:
+    vit = vision_ssl.load(folder, global_pool="token")
+    assert torch.equal(vit(IMAGES), vit.forward_features(IMAGES)[:, 0])
+    hub.save(tmp_path, build(RESNET), RESNET, card={})
+    maps = vision_ssl.load(tmp_path, global_pool="")(IMAGES)
+    assert maps.shape == (2, 512, 1, 1)
+    larger = torch.rand(2, 3, 64, 64)
+    pooled = {pool: vision_ssl.load(tmp_path, global_pool=pool)(larger) for pool in ("avg", "max")}
+    maps = vision_ssl.load(tmp_path, global_pool="")(larger)
+    torch.testing.assert_close(pooled, {"avg": maps.mean(dim=(2, 3)), "max": maps.amax(dim=(2, 3))})
+    with pytest.raises(RecipeError, match=r"^global_pool='' does not fit resnet18: expected 'avg', 'max'$"):
+        vision_ssl.load(tmp_path, global_pool="", num_classes=3)
+    with pytest.raises(
+        RecipeError, match=r"^global_pool='max' does not fit vit_tiny_patch16_224: expected 'avg', 'tok"
+    ):
+        vision_ssl.load(folder, global_pool="max")
+
+
+def test_precision_and_device(folder: Path) -> None:
+    encoder = vision_ssl.load(folder, dtype=torch.bfloat16, device="cpu")
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.bfloat16}
+    assert encoder(IMAGES.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(RecipeError, match="device='nowhere' cannot be used here"):
+        vision_ssl.load(folder, device="nowhere")
+
+
+def test_a_file_of_any_name_beside_a_config(copied: Path) -> None:
+    (copied / ENCODER_FILE).rename(copied / "best.safetensors")
+    assert vision_ssl.load(copied / "best.safetensors")(IMAGES).isfinite().all()
+    with pytest.raises(WeightsError, match=r"head\.safetensors does not fit VisionTransformer"):
+        vision_ssl.load(copied / "head.safetensors")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 30}, "image_size=30 is not divisible by patch_size=8: the nearest valid is 32"),
-        ({"image_size": 0}, "image_size=0 is too small"),
-        ({"image_size": -8}, "image_size=-8 is too small"),
+        ({"in_chans": 0}, "in_chans=0 is too small: expected at least 1"),
+        ({"img_size": 30}, "img_size=30 is not divisible by patch_size=8: the nearest valid is 32"),
+        ({"img_size": 0}, "img_size=0 is too small"),
+        ({"img_size": -8}, "img_size=-8 is too small"),
         ({"num_classes": -1}, "num_classes=-1 is too small"),
     ],
 )
 def test_sizes_that_cannot_be(folder: Path, settings: dict[str, int], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        vision_ssl.load(folder, **settings)  # type: ignore[arg-type]  # mypy takes the values for every argument
+        vision_ssl.load(folder, **settings)  # type: ignore[call-overload]  # mypy takes the values for every option
 
 
 def test_preprocess_and_card_are_no_part_of_the_network(folder: Path) -> None:
@@ -259,6 +317,7 @@ def test_other_bytes_than_the_published_are_refused(copied: Path, monkeypatch: p
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch, name: str, hint: str) -> None:
     names = ("simclr_resnet18.tiny_imagenet", "mae_vit_small.tiny_imagenet")
     monkeypatch.setattr(registry, "WEIGHTS", tuple(Weights(each, "", {}) for each in names))
+    monkeypatch.setattr(registry, "UPSTREAM", ())
     with pytest.raises(WeightsError) as refusal:
         vision_ssl.load(name)
     assert str(refusal.value) == f"'{name}' is neither a known model nor a path: {hint}"
@@ -331,7 +390,7 @@ def test_damaged_configs(copied: Path, content: bytes) -> None:
         hub.read_card(copied)
 
 
-@pytest.mark.parametrize("key", ["architecture", "model_args", "pretrained_cfg"])
+@pytest.mark.parametrize("key", ["architecture", "pretrained_cfg"])
 def test_configs_that_lack_something(copied: Path, key: str) -> None:
     edit(copied, lambda config: config.pop(key))
     assert_refused(copied, f"is not the description of an encoder: KeyError: '{key}'")
@@ -404,9 +463,42 @@ def test_configs_with_other_types(copied: Path, change: dict[str, Any], message:
     assert_refused(copied, message)
 
 
-def test_weights_of_timm_without_a_card(copied: Path) -> None:
-    edit(copied, lambda config: config.pop("vision_ssl"))
-    assert vision_ssl.load(copied).card == {}
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pretrained_cfg": STATISTICS | {"input_size": [10**9, 24, 24]}},
+        {"pretrained_cfg": STATISTICS | {"input_size": [3, 10**9, 10**9]}},
+        {"pretrained_cfg": STATISTICS | {"input_size": [3, 4096, 4096]}, "model_args": {"patch_size": 4096}},
+        {"pretrained_cfg": STATISTICS | {"input_size": [3, 4096, 4096]}, "model_args": {"patch_size": 1}},
+        {"pretrained_cfg": STATISTICS | {"input_size": [3, 10**9, 10**9]}, "architecture": "resnet18"},
+    ],
+    ids=str,
+)
+def test_sizes_that_would_fill_the_memory(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(timm, "create_model", None)
+    edit(copied, lambda config: config.update(change))
+    assert_refused(
+        copied, r"asks for \d+ channels of \d+ px, in patches of \w+: expected at most 16,384 px, and 131,072"
+    )
+
+
+@pytest.mark.parametrize("hashes", [[], "abc", {"model.safetensors": 5}, {"model.safetensors": "a\nb"}], ids=str)
+def test_hashes_that_are_none(copied: Path, hashes: object) -> None:
+    edit(copied, lambda config: config["vision_ssl"].update(sha256=hashes))
+    assert_refused(copied, r"config\.json is not the description of an encoder: \w+: ")
+
+
+def test_weights_of_timm_without_a_card(tmp_path: Path) -> None:
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="avg", fc_norm=False).eval()
+    timm.models.save_for_hf(theirs, str(tmp_path), safe_serialization=True, model_args={})
+    edit(tmp_path, lambda config: config["pretrained_cfg"].update(STATISTICS))
+    edit(tmp_path, lambda config: config.pop("model_args"))
+    ours = vision_ssl.load(tmp_path)
+    assert ours.card == {}
+    images = torch.rand(1, 3, 224, 224)
+    assert torch.equal(ours(images), theirs(images))
 
 
 def without_one(tensors: dict[str, Tensor]) -> None:
@@ -440,6 +532,14 @@ def test_tensors_that_do_not_fit(copied: Path, change: Callable[[dict[str, Tenso
     change(tensors)
     save_file(tensors, copied / "model.safetensors")
     assert_refused(copied, message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers(copied: Path, value: float) -> None:
+    tensors = load_file(copied / "model.safetensors")
+    tensors["blocks.3.attn.qkv.weight"][5, 7] = value
+    save_file(tensors, copied / "model.safetensors")
+    assert_refused(copied, r"is damaged: blocks\.3\.attn\.qkv\.weight has values that are not finite$")
 
 
 def test_a_missing_tensor_is_not_taken_for_a_new_head(copied: Path) -> None:
@@ -488,7 +588,7 @@ class TestEveryPublishedModel:
     """What is true of every entry of the registry."""
 
     def test_its_files_are_the_published_ones(self, weights: Weights) -> None:
-        tensors = {path.name: hub.file_hash(path) for path in weights.directory.glob("*.safetensors")}
+        tensors = {path.name: file_hash(path) for path in weights.directory.glob("*.safetensors")}
         assert "model.safetensors" in tensors
         assert weights.sha256 == tensors == weights.config["vision_ssl"]["sha256"]
         assert {path.suffix for path in weights.directory.iterdir()} <= {".json", ".jsonl", ".safetensors"}
@@ -537,8 +637,41 @@ class TestEveryPublishedModel:
         hub.load_into(model, weights.name, head_required="head.safetensors" in weights.sha256)
 
 
+@pytest.mark.parametrize("weights", registry.UPSTREAM, ids=lambda weights: weights.name)
+def test_weights_of_others_are_what_timm_publishes(weights: Weights) -> None:
+    published = weights.repo.removeprefix("timm/")
+    theirs = timm.get_pretrained_cfg(published)
+    assert theirs is not None
+    assert theirs.hf_hub_id == weights.repo
+    assert weights.card["licence"].lower().startswith(f"{theirs.license}: ")
+    assert re.fullmatch("[0-9a-f]{40}", weights.revision)
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in weights.sha256.values())
+    architecture = published.removesuffix(".mae")
+    name, patch_size = architecture.partition("_patch")[0], int(architecture.partition("_patch")[2][:2])
+    spec = resolve_encoder(name, image_size=theirs.input_size[1], patch_size=patch_size)
+    with torch.device("meta"):
+        ours, plain = spec.build(), timm.create_model(architecture, num_classes=0)
+    assert spec.architecture == architecture
+    assert weights.name == f"mae_{name}.in1k"
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in plain.state_dict().items()
+    }
+
+
+def test_a_clone_keeps_what_is_too_big_for_the_package(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, copied, "mae_big.data")
+    monkeypatch.setattr(registry, "CLONED", copied.parent)
+    monkeypatch.setattr(registry, "PACKAGED", tmp_path / "package")
+    assert vision_ssl.load("mae_big").card["method"] == "mae"
+    monkeypatch.setattr(registry, "CLONED", tmp_path / "no clone")
+    with pytest.raises(WeightsError, match=r"^mae_big\.data is too big for the package, and is in clones alone"):
+        vision_ssl.load("mae_big")
+
+
 def test_names_of_published_models() -> None:
-    assert len(set(vision_ssl.list_models())) == len(registry.WEIGHTS)
+    assert len(set(vision_ssl.list_models())) == len(registry.WEIGHTS) + len(registry.UPSTREAM)
     for name in vision_ssl.list_models():
         bare, dot, tag = name.partition(".")
         assert bare.isidentifier()  # torch.hub calls it as a function
@@ -548,4 +681,6 @@ def test_names_of_published_models() -> None:
 
 def test_no_weights_are_packaged_unpublished() -> None:
     packaged = {path.name for path in registry.PACKAGED.iterdir()} if registry.PACKAGED.exists() else set()
-    assert packaged == set(vision_ssl.list_models())
+    cloned = {path.name for path in registry.CLONED.iterdir()} if registry.CLONED.exists() else set()
+    assert packaged | cloned == {weights.name for weights in registry.WEIGHTS}
+    assert not packaged & cloned

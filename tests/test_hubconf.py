@@ -1,14 +1,18 @@
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
 
 import vision_ssl
-from vision_ssl import registry
+from vision_ssl import hub, registry
+from vision_ssl.encoders import resolve_encoder
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +34,7 @@ def entry_points(hubconf: ModuleType) -> dict[str, Callable[..., Any]]:
 
 def test_only_models_are_entry_points(hubconf: ModuleType) -> None:
     names = set(entry_points(hubconf))
-    assert names == {name.partition(".")[0] for name in vision_ssl.list_models()}
+    assert names == {name.partition(".")[0] for name in vision_ssl.list_models()} | {"encoder"}
     for function in entry_points(hubconf).values():
         assert "features (B, " in (function.__doc__ or "")
 
@@ -47,7 +51,50 @@ def test_torch_hub_asks_for_the_model_of_that_name(monkeypatch: pytest.MonkeyPat
     assert asked == (name, {"num_classes": 3})
 
 
-@pytest.mark.parametrize("name", sorted({weights.name.partition(".")[0] for weights in registry.WEIGHTS}))
+def test_any_encoder_has_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision_ssl, "load", lambda name, **options: (name, options))
+    asked = torch.hub.load(str(ROOT), "encoder", "hf:me/run", source="local", num_classes=3)
+    assert asked == ("hf:me/run", {"num_classes": 3})
+
+
+def test_no_module_collides_with_another_repository() -> None:
+    """torch.hub puts a repository on the path: what lies at its root hides, or is hidden by, another's."""
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages == {"vision_ssl"}
+    assert {path.stem for path in ROOT.glob("*.py")} == {"hubconf"}
+
+
+def test_from_the_zip_of_a_repository_that_is_not_installed(tmp_path: Path) -> None:
+    top = "owner-vision-ssl-abcdef"  # as GitHub names it
+    with ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.write(ROOT / "hubconf.py", f"{top}/hubconf.py")
+        for path in (ROOT / "vision_ssl").rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts and not path.match("weights/mae*/*"):
+                archive.write(path, f"{top}/{path.relative_to(ROOT)}")
+    with ZipFile(tmp_path / "archive.zip") as archive:
+        archive.extractall(tmp_path)
+    small_stem = resolve_encoder("resnet18", image_size=24, stem="3x3-nopool")
+    hub.save(tmp_path / "weights", small_stem.build(), small_stem, card={})
+    code = f"""
+import timm, torch
+try:
+    timm.create_model({f"local-dir:{tmp_path / 'weights'}"!r}, pretrained=True)
+except RuntimeError as error:
+    print(error)
+encoder = torch.hub.load({str(tmp_path / top)!r}, "simclr_resnet18", source="local")
+import vision_ssl
+print(encoder.num_features, vision_ssl.__file__)
+"""
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": ""}, check=True, capture_output=True, text=True)
+    refused, loaded = run.stdout.splitlines()
+    assert refused == "Unknown model (resnet18_3x3_nopool)"  # by timm alone, which must not take it for a resnet18
+    assert loaded == f"512 {tmp_path / top / 'vision_ssl' / '__init__.py'}"
+
+
+@pytest.mark.parametrize(
+    "name", sorted({weights.name.partition(".")[0] for weights in registry.WEIGHTS if weights.is_local})
+)
 def test_torch_hub_loads_the_model(hubconf: ModuleType, name: str) -> None:
     encoder = torch.hub.load(str(ROOT), name, source="local")
     size = encoder.preprocess.size

@@ -36,7 +36,8 @@ def training(steps: int, looks_every: int = 0) -> list[dict[str, float]]:
     for step in range(1, steps + 1):
         records.append({"step": step, "epoch": step / 10, "loss": 9 - step / 100, "lr": step * 1e-3})
         if looks_every and step % looks_every == 0:
-            records.append({"step": step, "epoch": step // 10, "knn_accuracy": step / 2})
+            look = {"effective_rank": step / 5, "knn_accuracy": step / 2, "linear_accuracy": step * 2}
+            records.append({"step": step, "epoch": step // 10, **look})
     return records
 
 
@@ -57,14 +58,19 @@ def test_curves_of_a_run(tmp_path: Path, figures: list[Any]) -> None:
     assert is_png(out)
     [figure] = figures
     assert figure.get_suptitle() == "photos: 40 steps, 4 epochs"
-    loss, rate, accuracy = figure.axes
-    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "learning rate", "kNN accuracy (%)"]
-    assert accuracy.get_xlabel() == "step"
-    assert rate.get_ylim()[0] == accuracy.get_ylim()[0] == 0
+    loss, rate, accuracy, rank = figure.axes
+    labels = ["loss", "learning rate", "accuracy (%)", "effective rank"]
+    assert [axes.get_ylabel() for axes in figure.axes] == labels
+    assert rank.get_xlabel() == "step"
+    assert rate.get_ylim()[0] == accuracy.get_ylim()[0] == rank.get_ylim()[0] == 0
+    assert accuracy.get_ylim()[1] > 80
+    assert [line.get_label() for line in accuracy.lines] == ["kNN", "linear"]
     steps = np.arange(1, 41)
     np.testing.assert_allclose(loss.lines[0].get_xydata(), np.stack([steps, 9 - steps / 100], axis=1))
     np.testing.assert_allclose(rate.lines[0].get_xydata(), np.stack([steps, steps * 1e-3], axis=1))
     np.testing.assert_allclose(accuracy.lines[0].get_xydata(), [[20, 10], [40, 20]])
+    np.testing.assert_allclose(accuracy.lines[1].get_xydata(), [[20, 40], [40, 80]])
+    np.testing.assert_allclose(rank.lines[0].get_xydata(), [[20, 4], [40, 8]])
 
 
 def test_probe_curve(tmp_path: Path, figures: list[Any]) -> None:

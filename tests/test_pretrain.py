@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 import vision_ssl
-from vision_ssl import hub, storage
+from vision_ssl import evaluate, extract, hub, storage
 from vision_ssl.cli import main
 from vision_ssl.data import ImageSet, open_images
 from vision_ssl.encoders import resolve_encoder
 from vision_ssl.errors import CheckpointError, DataError, RecipeError, TrainingError, VisionSSLError, WeightsError
 from vision_ssl.pretrain import Run
+from vision_ssl.probe import Protocol
 from vision_ssl.recipes import MAE, Recipe, SimCLR
+from vision_ssl.spread import effective_rank
 from vision_ssl.storage import load_tensors
 
 PIXELS = torch.randint(0, 256, (24, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -101,7 +103,7 @@ def test_the_printed_command_goes_on(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command line sets its own
-    options: dict[str, Any] = {"seed": 7, "cache_size": 30, "knn_epochs": 0, "cache_dir": tmp_path / "cache"}
+    options: dict[str, Any] = {"seed": 7, "cache_size": 30, "look_epochs": 0, "cache_dir": tmp_path / "cache"}
     whole = train(MAE_RECIPE, tmp_path / "whole", photos, **options)
     stopped = train(MAE_RECIPE, tmp_path / "out of spaces", photos, **options, time_limit=0)
     *_, announcement, command = capsys.readouterr().err.splitlines()
@@ -398,7 +400,7 @@ def test_a_resnet_trains(tmp_path: Path) -> None:
 
 def test_what_was_resolved_is_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = replace(MAE_RECIPE, base_lr=0.016, accumulate=2, warmup_epochs=0.5)
-    train(recipe, tmp_path / "run", labelled([0, 1] * 12), time_limit=0, knn_epochs=0)
+    train(recipe, tmp_path / "run", labelled([0, 1] * 12), time_limit=0, look_epochs=0)
     announced = {line[:9].strip(): line[11:] for line in capsys.readouterr().err.splitlines()}
     assert announced["images"] == "array: 24, 2 classes, kept at 24 px"
     assert announced["encoder"] == "vit_tiny, patches of 8 px, at 24 px: 5.4 M parameters, and 0.0 M in the head"
@@ -428,36 +430,69 @@ def test_choices_that_hurt_are_warned_of(tmp_path: Path, capsys: pytest.CaptureF
     ]
 
 
-def test_the_knn_accuracy_leaves_training_alone(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looks_leave_training_alone(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISION_SSL_CACHE", str(tmp_path / "default"))
     options = {"cache_dir": tmp_path / "cache", "cache_size": 30}
-    watched = train(MAE_RECIPE, tmp_path / "watched", photos, knn_epochs=1, **options)
-    alone = train(MAE_RECIPE, tmp_path / "alone", photos, knn_epochs=0, **options)
-    looks = [line for line in watched.metrics if "knn_accuracy" in line]
+    watched = train(MAE_RECIPE, tmp_path / "watched", photos, look_epochs=1, **options)
+    alone = train(MAE_RECIPE, tmp_path / "alone", photos, look_epochs=0, **options)
+    looks = [line for line in watched.metrics if "loss" not in line]
     assert [line["step"] for line in looks] == [3, 6]
-    assert all(0 <= line["knn_accuracy"] <= 100 for line in looks)
-    assert not any("knn_accuracy" in line for line in alone.metrics)
+    assert all(0 <= line[name] <= 100 for line in looks for name in ("knn_accuracy", "linear_accuracy"))
+    assert all("loss" in line for line in alone.metrics)
     assert losses(watched) == losses(alone)
     assert_same(checkpoint(watched), checkpoint(alone))
     assert not (tmp_path / "default").exists()
 
 
-def test_the_knn_accuracy_tells_classes_apart(tmp_path: Path) -> None:
+def test_a_look_tells_classes_apart(tmp_path: Path) -> None:
     labels = [0, 1] * 12
     bright = 200 * torch.tensor(labels, dtype=torch.uint8)[:, None, None, None] + PIXELS // 8
     source = replace(labelled(labels), pixels=bright)
-    run = train(replace(MAE_RECIPE, epochs=1), tmp_path / "run", source, knn_epochs=1)
-    assert run.metrics[-1]["knn_accuracy"] == 100
+    run = train(replace(MAE_RECIPE, epochs=1), tmp_path / "run", source, look_epochs=1)
+    assert run.metrics[-1]["knn_accuracy"] == run.metrics[-1]["linear_accuracy"] == 100
+
+
+PROTOCOLS: tuple[Protocol, ...] = ("knn", "linear")
+
+
+def test_the_last_look_agrees_with_probes_of_the_exported_encoder(tmp_path: Path) -> None:
+    images = open_images("fashion-mnist-mini", size=24, cache_dir=tmp_path / "cache")
+    run = train(replace(MAE_RECIPE, epochs=1, batch_size=500), tmp_path / "run", images, seed=3, look_epochs=1)
+    last = run.metrics[-1]
+    sample = torch.randperm(1000, generator=torch.Generator().manual_seed(3))
+    known, asked = images.select(sample[:800]), images.select(sample[800:])
+    for protocol in PROTOCOLS:
+        report = evaluate(run.encoder, train=known, val=asked, protocol=protocol, seed=3)
+        assert report.accuracy == pytest.approx(last[f"{protocol}_accuracy"], abs=0.5)  # of one image in 200
+    assert last["knn_accuracy"] != last["linear_accuracy"]
+    rank = effective_rank(extract(run.encoder, known).features)
+    assert last["effective_rank"] == pytest.approx(rank, rel=1e-3)
+
+
+def test_a_look_at_images_without_labels(tmp_path: Path) -> None:
+    many = PIXELS.repeat(6, 1, 1, 1)
+    run = train(replace(MAE_RECIPE, epochs=1, batch_size=72), tmp_path / "run", many, look_epochs=1)
+    assert run.metrics[-1].keys() == {"step", "epoch", "effective_rank"}
+
+
+def test_a_verdict_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = PIXELS[:1].expand(24, -1, -1, -1)  # views of one image attract and repel at once
+    recipe = replace(SIMCLR_RECIPE, base_lr=0.0, crop_scale=(1.0, 1.0), flip=0.0, jitter_probability=0.0, grayscale=0.0)
+    train(recipe, tmp_path / "run", same)
+    said = capsys.readouterr().err
+    assert "     loss  2.708 by chance, 0.045 at best\n" in said
+    assert said.endswith("  verdict  collapsed at epoch 1: the projections of all images are alike (uniformity 0.00)\n")
 
 
 @pytest.mark.parametrize(
     ("labels", "measured"),
-    [([0] * 24, False), (list(range(24)), True)],
+    [([0] * 24, set()), (list(range(24)), {"knn_accuracy"})],
     ids=["a single class", "classes of one image, most of which are either index or query"],
 )
-def test_labels_of_little_use_do_not_stop_a_run(tmp_path: Path, labels: list[int], measured: bool) -> None:
-    run = train(replace(MAE_RECIPE, epochs=1), tmp_path / "run", labelled(labels), knn_epochs=1)
-    assert any("knn_accuracy" in line for line in run.metrics) == measured
+def test_labels_of_little_use_do_not_stop_a_run(tmp_path: Path, labels: list[int], measured: set[str]) -> None:
+    run = train(replace(MAE_RECIPE, epochs=1), tmp_path / "run", labelled(labels), look_epochs=1)
+    looks = [line.keys() - {"step", "epoch"} for line in run.metrics if "loss" not in line]
+    assert looks == ([measured] if measured else [])
 
 
 PROCESSES = 2
@@ -477,8 +512,8 @@ def in_two_processes(number: int, folder: Path, ports: list[int]) -> None:
         return folder / name / f"of process {number}"  # the same for all in real life: here we see who writes
 
     source = labelled([0, 1] * 12)
-    train(MAE_RECIPE, place("mae", ports[0]), source, save_minutes=0, knn_epochs=1)
-    train(SIMCLR_RECIPE, place("simclr", ports[1]), knn_epochs=0)
+    train(MAE_RECIPE, place("mae", ports[0]), source, save_minutes=0, look_epochs=1)
+    train(SIMCLR_RECIPE, place("simclr", ports[1]), look_epochs=0)
 
     original, calls = MAE.augment, iter(range(9))
 

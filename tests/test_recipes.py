@@ -251,7 +251,7 @@ def test_bad_value_is_refused_in_one_line(recipe: type[Recipe], settings: dict[s
         ({"time_limit": -1}, "time_limit=-1 is out of range: expected a finite number >= 0"),
         ({"time_limit": math.nan}, "time_limit=nan is out of range: expected a finite number >= 0"),
         ({"save_minutes": -0.5}, "save_minutes=-0.5 is out of range: expected a finite number >= 0"),
-        ({"knn_epochs": -1}, "knn_epochs=-1 is out of range: expected a finite number >= 0"),
+        ({"look_epochs": -1}, "look_epochs=-1 is out of range: expected a finite number >= 0"),
         ({"cache_size": 0}, "cache_size=0 is too small: expected at least 1"),
     ],
 )
@@ -280,7 +280,7 @@ def test_what_is_at_the_edge_is_accepted() -> None:
     SimCLR(image_size=50).encoder_spec()  # nothing is cut into patches
     MAE(mask_unit="pixel", norm_pix=False, encoder="resnet18", image_size=61).encoder_spec()
     MAE(weight_decay=0, warmup_epochs=0, clip_grad=0.1, batch_size=1)
-    RunOptions(time_limit=0, save_minutes=0, knn_epochs=0)
+    RunOptions(time_limit=0, save_minutes=0, look_epochs=0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,69 @@ def test_cards_without_a_usable_recipe(vit: Path, tmp_path: Path, card: dict[str
     with pytest.raises(VisionSSLError, match=message) as refusal:
         recipe_of(tmp_path)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("recipe", [VIT, PIXELS, SimCLR(encoder="vit_tiny", image_size=32, patch_size=8)], ids=repr)
+def test_all_of_a_model_comes_back(tmp_path: Path, recipe: Recipe) -> None:
+    torch.manual_seed(1)
+    trained: Any = recipe.build()
+    hub.save(tmp_path, trained.encoder, recipe.encoder_spec(), card={"recipe": recipe.to_dict()}, head=trained.head)
+    model: Any = vision_ssl.load(tmp_path, part="full")
+    assert type(model) is type(trained)
+    assert not model.training
+    expected = {
+        name: tensor.half().float() for name, tensor in trained.state_dict().items() if tensor.is_floating_point()
+    }
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+    alone = vision_ssl.load(tmp_path)
+    assert (model.card, model.preprocess) == (alone.card, alone.preprocess)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model.encoder(images), alone(images))  # the mask is training's alone
+    bare = vision_ssl.load(tmp_path, part="full", pretrained=False, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in bare.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"decoder_dim": 2**40, "decoder_heads": 1},
+        {"decoder_dim": 2**15, "decoder_heads": 1, "decoder_depth": 20},
+        {"decoder_depth": 10**9},
+        {"image_size": 2**20},
+        {"image_size": 2**40, "patch_size": 2**20},
+        {"image_size": 10**30, "patch_size": 10**29},
+        {"encoder": "vit_huge"},
+        {"encoder": "resnet50", "norm_pix": False},
+    ],
+    ids=str,
+)
+def test_a_recipe_that_would_fill_the_memory(vit: Path, tmp_path: Path, sizes: dict[str, Any]) -> None:
+    for file in vit.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((vit / "config.json").read_text())
+    config["vision_ssl"]["recipe"] |= sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for whole in (lambda: vision_ssl.load(tmp_path, part="full"), lambda: reconstruct(tmp_path, PICTURES)):
+        with pytest.raises(
+            WeightsError, match=r"does not fit|cannot be built|holds a vit_tiny|1e\+09 blocks"
+        ) as refusal:
+            whole()
+        assert "\n" not in str(refusal.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10  # kB
+
+
+def test_what_a_whole_model_does_not_take(vit: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"^img_size, num_classes: part='full' takes pretrained, dtype, device, cache_"
+    ):
+        vision_ssl.load(vit, part="full", img_size=64, num_classes=3)
+    with pytest.raises(RecipeError, match=r"^part='head' is unknown: expected encoder or full$"):
+        vision_ssl.load(vit, part="head")  # type: ignore[call-overload]  # what mypy refuses is the test
+    config = json.loads((vit / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_ssl": {}}))
+    with pytest.raises(WeightsError, match="has no recipe in its card"):
+        vision_ssl.load(tmp_path, part="full")
 
 
 def test_the_encoder_before_training(vit: Path) -> None:

@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from .features import Features as Features
     from .features import extract as extract
     from .finetuning import finetune as finetune
-    from .hub import load as load
     from .probe import evaluate as evaluate
     from .recipes import MAE as MAE
     from .recipes import SimCLR as SimCLR
     from .registry import list_models as list_models
     from .report import Report as Report
+    from .restore import load as load
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "MAE": "recipes",
     "SimCLR": "recipes",
-    "load": "hub",
+    "load": "restore",
     "list_models": "registry",
     "extract": "features",
     "Features": "features",

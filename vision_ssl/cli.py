@@ -1,300 +1,38 @@
 """The command line. Its options are the recipes' fields; torch is imported by the commands that need it."""
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 import tyro
 
+from . import commands
+from .commands import SourcePath
 from .errors import RecipeError, VisionSSLError
-from .extra.commands import compare_command, report_command
-from .options import FineTuning, RunOptions
+from .extra import commands as extra
+from .options import RunOptions
 from .presets import PRESETS
 from .recipes import MAE, METHODS, Recipe, SimCLR
-from .registry import WEIGHTS, find
 
-if TYPE_CHECKING:
-    from .report import Report
-
-Name = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
-SourcePath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
-
-
-def list_command() -> None:
-    """Show the packaged models."""
-    rows = [("name", "linear", "kNN", "")]
-    for weights in WEIGHTS:
-        scores = {score["protocol"]: f"{score['accuracy']:.1f} %" for score in weights.own_scores}
-        rows.append((weights.name, scores.get("linear", "-"), scores.get("knn-20", "-"), weights.summary))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def info_command(name: Name) -> None:
-    """Show the card of a model: what it was trained on, how, and its measured scores.
-
-    Args:
-        name: A model, the directory of a run, or a folder of weights.
-    """
-    known = find(name)
-    if known is not None:
-        card = known.card
-    else:
-        from .hub import read_card
-
-        card = read_card(name)
-    print(json.dumps(card, indent=2, ensure_ascii=False))
-
-
-def extract_command(
-    name: Name,
-    source: SourcePath,
-    /,
-    *,
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    split: Literal["train", "val"] = "train",
-    batch_size: int = 256,
-    device: str = "auto",
-) -> None:
-    """Write the features of images to a safetensors file, with labels and paths where there are any.
-
-    Args:
-        name: A model, the directory of a run, or a folder of weights.
-        source: A folder of images, a known layout, or a torchvision name such as `cifar10`.
-        out: Where the features go.
-        split: Which part of a source that has several.
-        batch_size: Images at a time.
-        device: `auto`, `cpu`, `cuda`, ...
-    """
-    from .device import pick_device
-    from .features import extract
-    from .hub import load
-
-    features = extract(load(name), source, split=split, batch_size=batch_size, device=pick_device(device))
-    features.save(out)
-    print(f"{out}: {len(features):,} x {features.features.shape[1]} features")
-
-
-def probe_command(
-    name: Name,
-    /,
-    *,
-    train: str,
-    val: str,
-    protocol: Literal["linear", "linear-sgd", "linear-sgd-study-b", "resubstitution"] = "linear",
-    classes: int | None = None,
-    every_checkpoint: bool = False,
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    device: str = "auto",
-    seed: int = 0,
-) -> None:
-    """Fit a linear classifier on frozen features; print accuracy and macro F1.
-
-    Args:
-        name: A model, the directory of a run, or a folder of weights.
-        train: Labelled images to fit on; of a source with several splits, its training split.
-        val: Labelled images to score on; of a source with several splits, its validation split.
-        protocol: `linear` (logistic regression), `linear-sgd`, `linear-sgd-study-b` (the settings of study B), or
-            `resubstitution`, which scores on the images it was fitted on.
-        classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
-        every_checkpoint: Measure each encoder that the run NAME kept (`train --keep-epochs`), into `probe_curve.csv`.
-        out: Also write the report there, as JSON; of every checkpoint, the table and its picture.
-        device: `auto`, `cpu`, `cuda`, ...
-        seed: Of the split that chooses a setting, and of SGD.
-    """
-    from .device import pick_device
-
-    options: dict[str, Any] = {"protocol": protocol, "classes": classes, "device": pick_device(device), "seed": seed}
-    if every_checkpoint:
-        from .curve import probe_curve
-
-        print(*probe_curve(name, train=train, val=val, out=out, **options), sep="\n")
-    else:
-        from .hub import load
-        from .probe import evaluate
-
-        _show(evaluate(load(name), train=train, val=val, **options), out)
-
-
-def knn_command(
-    name: Name,
-    /,
-    *,
-    train: str,
-    val: str,
-    k: int = 20,
-    unweighted: bool = False,
-    metric: Literal["cosine", "euclidean"] = "cosine",
-    classes: int | None = None,
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    device: str = "auto",
-) -> None:
-    """Classify by the nearest neighbours in frozen features; print accuracy and macro F1.
-
-    Args:
-        name: A model, the directory of a run, or a folder of weights.
-        train: Labelled images to find neighbours among.
-        val: Labelled images to score on.
-        k: Neighbours that vote.
-        unweighted: Count their votes alike; by default nearer ones weigh more.
-        metric: By which they are near; `euclidean` needs unweighted votes.
-        classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
-        out: Also write the report there, as JSON.
-        device: `auto`, `cpu`, `cuda`, ...
-    """
-    from .device import pick_device
-    from .hub import load
-    from .probe import evaluate
-
-    encoder, where = load(name), pick_device(device)
-    options: dict[str, Any] = {"protocol": "knn", "k": k, "metric": metric, "classes": classes, "device": where}
-    if unweighted:
-        options["temperature"] = None
-    _show(evaluate(encoder, train=train, val=val, **options), out)
-
-
-def finetune_command(
-    name: Name,
-    /,
-    *,
-    train: str,
-    val: str,
-    settings: FineTuning = FineTuning(),  # noqa: B008  # frozen
-    classes: int | None = None,
-    time_limit: float | None = None,
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    device: str = "auto",
-    seed: int = 0,
-) -> None:
-    """Train an encoder end to end with a new head; print accuracy and macro F1.
-
-    Args:
-        name: A model, the directory of a run, or a folder of weights.
-        train: Labelled images to train on; of a source with several splits, its training split.
-        val: Labelled images to score on, once; of a source with several splits, its validation split.
-        settings: How it is trained.
-        classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
-        time_limit: Minutes after which no further epoch begins.
-        out: Also write the report there, as JSON.
-        device: `auto`, `cpu`, `cuda`, ...
-        seed: Of the head, the order of the images, and the views.
-    """
-    from .device import pick_device
-    from .finetuning import finetune
-
-    options: dict[str, Any] = {"classes": classes, "time_limit": time_limit, "device": pick_device(device)}
-    _show(finetune(name, train=train, val=val, seed=seed, **options, **vars(settings)), out)
-
-
-def _show(report: "Report", out: Path | None) -> None:
-    print(report)
-    if out is not None:
-        report.save(out)
-
-
-def reconstruct_command(
-    name: Name,
-    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE ...")],
-    /,
-    *,
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    mask_ratio: float | None = None,
-    seed: int = 0,
-) -> None:
-    """Draw images as MAE is shown them, and as it fills in what was removed.
-
-    Args:
-        name: An MAE model, or the directory of an MAE run.
-        images: Image files.
-        out: Where the picture goes.
-        mask_ratio: Fraction removed; by default as in training.
-        seed: Of the mask.
-    """
-    from PIL import Image
-
-    from .plots import reconstruction
-    from .restore import reconstruct
-
-    with ExitStack() as files:
-        pictures = [files.enter_context(Image.open(path)) for path in images]
-        print(reconstruction(*reconstruct(name, pictures, mask_ratio=mask_ratio, seed=seed), out))
-
-
-def plot_command(
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
-    /,
-    *,
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-) -> None:
-    """Draw the curves of a run: loss, learning rate, and kNN accuracy where labels exist.
-
-    Args:
-        run: The directory of a run.
-        out: Where the picture goes; by default `curves.png` in the run.
-    """
-    from .plots import curves
-
-    print(curves(run, out or run / "curves.png"))
-
-
-def import_command(
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")],
-    /,
-    *,
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    stem: Literal["7x7", "3x3", "3x3-nopool"] | None = None,
-    image_size: int | None = None,
-) -> None:
-    """Turn a checkpoint of another program into weights that load here; say what was recognised. Nothing in it runs.
-
-    Args:
-        file: A checkpoint of facebookresearch/mae, timm, torchvision, transformers, lightly, solo-learn, VISSL, ...
-        out: Folder for the weights, new or empty.
-        stem: ResNets with a 3x3 convolution first: whether a max-pool follows it. By default none does
-            (`3x3-nopool`), and above 40 px one does (`3x3`).
-        image_size: ResNets: side of the input, pixels; by default 224, and for the two small stems 64 and 32.
-    """
-    from .extra.convert import convert
-
-    print(convert(file, out, stem=stem, image_size=image_size))
-
-
-def export_command(
-    name: Name,
-    /,
-    *,
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    format: Literal["transformers", "onnx", "torch.export"],
-) -> None:
-    """Write an encoder in the form of another program; ONNX and torch.export are run and compared with it.
-
-    Args:
-        name: A model, the directory of a run, or a folder of weights.
-        out: Folder to write to, new or empty.
-        format: `transformers` (ViTs: a ViTMAE where there is a decoder, otherwise a ViT), `onnx` (`model.onnx`) or
-            `torch.export` (`model.pt2`); the last two take batches of any size.
-    """
-    from .extra.export import export
-
-    print(export(name, out, format=format))
-
-
-def demo_command(out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo")) -> None:
-    """Measure the packaged models on packaged images, and draw what they see. Needs no network.
-
-    Args:
-        out: Folder for the table and the pictures.
-    """
-    from .demo import demo
-
-    demo(out)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "list": commands.list_command,
+    "info": commands.info_command,
+    "demo": commands.demo_command,
+    "extract": commands.extract_command,
+    "probe": commands.probe_command,
+    "knn": commands.knn_command,
+    "finetune": commands.finetune_command,
+    "reconstruct": commands.reconstruct_command,
+    "plot": commands.plot_command,
+    "report": extra.report_command,
+    "compare": extra.compare_command,
+    "import": extra.import_command,
+    "export": extra.export_command,
+    "push": extra.push_command,
+}
 
 
 @dataclass(kw_only=True)
@@ -354,26 +92,10 @@ def main(arguments: list[str] | None = None) -> None:
     early = argparse.ArgumentParser("vision-ssl", add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="small-64")
     preset = early.parse_known_args(given)[0].preset
-    commands: dict[str, Callable[..., None]] = {
-        "list": list_command,
-        "info": info_command,
-        "demo": demo_command,
-        "train": _train_command(preset),
-        "extract": extract_command,
-        "probe": probe_command,
-        "knn": knn_command,
-        "finetune": finetune_command,
-        "reconstruct": reconstruct_command,
-        "plot": plot_command,
-        "report": report_command,
-        "compare": compare_command,
-        "import": import_command,
-        "export": export_command,
-    }
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         tyro.extras.subcommand_cli_from_dict(
-            commands,
+            COMMANDS | {"train": _train_command(preset)},
             prog="vision-ssl",
             description="Pretrained SimCLR and MAE encoders: load, pretrain, measure.",
             args=given,

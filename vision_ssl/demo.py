@@ -16,6 +16,7 @@ from .restore import random_encoder, recipe_of, reconstruct
 from .storage import save_text
 
 SOURCE = "fashion-mnist-mini"
+MODELS = tuple(weights for weights in WEIGHTS if weights.is_local)
 _SPLITS: tuple[Split, Split] = ("train", "val")
 
 
@@ -28,7 +29,7 @@ def demo(out: Path) -> None:
     began = time.monotonic()
     print(f"{SOURCE}: 1,000 images to fit, 1,000 to score; no model has seen any of them.\n", flush=True)
     rows: list[tuple[str, Report]] = []
-    for weights in WEIGHTS:
+    for weights in MODELS:
         encoders = {weights.name: hub.load(weights.name), _untrained(weights): random_encoder(weights.name)}
         for label, encoder in encoders.items():
             rows += _scores(label, *(extract(encoder, SOURCE, split=split) for split in _SPLITS))
@@ -36,13 +37,13 @@ def demo(out: Path) -> None:
     linears = {label: report for label, report in rows if report.protocol == "linear"}
     gains = [
         f"{weights.name} gains {paired_bootstrap(linears[weights.name], linears[_untrained(weights)])} by its training."
-        for weights in WEIGHTS
+        for weights in MODELS
     ]
     text = "\n".join([table(rows), "", *gains])
     print(text)
     save_text(out / "scores.md", text + "\n")
     pictures = [comparison(rows, out / "scores.png")]
-    for weights in WEIGHTS:
+    for weights in MODELS:
         pictures.append(curves(weights.directory, out / f"{weights.name}-curves.png"))
         if recipe_of(weights.name).method == "mae":
             images = list(photographs().values())

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from .errors import RecipeError
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
-VITS = ("vit_tiny", "vit_small", "vit_base")
+VITS = ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge")
 ENCODERS = RESNETS + VITS
 STEMS = ("7x7", "3x3", "3x3-nopool")
+RESNET_POOLS = ("avg", "max", "")
+VIT_POOLS = ("avg", "token")
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,40 @@ class EncoderSpec:
         return self.architecture.startswith("vit_")
 
     @property
+    def first_conv(self) -> str:
+        """The layer that the image enters, which depends on the channels."""
+        return "patch_embed.proj" if self.is_vit else "conv1"
+
+    @property
+    def classifier(self) -> str:
+        """The layer that is there when there are classes."""
+        return "head" if self.is_vit else "fc"
+
+    @property
     def layout(self) -> str:
         """What the name leaves open: the patches of a ViT, the stem of a ResNet."""
         if self.is_vit:
             return f"patches of {self.args['patch_size']} px"
         return f"stem {self.architecture.partition('_')[2].replace('_', '-') or '7x7'}"
 
-    def build(self, num_classes: int = 0) -> nn.Module:
-        """Build the encoder with random weights; `num_classes=0` gives pooled features."""
-        return timm.create_model(self.architecture, num_classes=num_classes, in_chans=self.channels, **self.args)
+    def build(self, num_classes: int = 0, *, global_pool: str | None = None) -> nn.Module:
+        """Build the encoder with random weights.
+
+        Args:
+            num_classes: Width of a classification head; 0 for pooled features.
+            global_pool: How tokens or maps become features: `avg` or `token` for a ViT; `avg`, `max` or "" (none:
+                the map itself, and no head) for a ResNet. By default, `avg`.
+
+        Raises:
+            RecipeError: The encoder has no such pooling.
+        """
+        pools = VIT_POOLS if self.is_vit else RESNET_POOLS[: 2 if num_classes else 3]
+        if global_pool not in (None, *pools):
+            expected = ", ".join(map(repr, pools))
+            raise RecipeError(f"global_pool={global_pool!r} does not fit {self.architecture}: expected {expected}")
+        pooling = {} if global_pool is None else {"global_pool": global_pool}
+        args = self.args | pooling
+        return timm.create_model(self.architecture, num_classes=num_classes, in_chans=self.channels, **args)
 
 
 def resolve_encoder(
@@ -93,7 +120,7 @@ def resolve_encoder(
         # fc_norm=False keeps the final norm before pooling, so that tokens and pooled features carry the same
         # trained norm; timm's default for average pooling would look for a `fc_norm` that MAE never trains.
         args = {"img_size": image_size, "patch_size": patch, "global_pool": "avg", "fc_norm": False}
-        return EncoderSpec(f"{name}_patch16_224", image_size, channels, args)
+        return EncoderSpec(f"{name}_patch{14 if name == 'vit_huge' else 16}_224", image_size, channels, args)
     if stem == "auto":
         stem = "3x3-nopool" if image_size <= 40 else "3x3" if image_size <= 96 else "7x7"
     if stem not in STEMS:
@@ -101,17 +128,17 @@ def resolve_encoder(
     return EncoderSpec(name if stem == "7x7" else _small_stem_name(name, stem), image_size, channels)
 
 
-def resolve_patch_size(image_size: int, patch_size: int | None) -> int:
+def resolve_patch_size(image_size: int, patch_size: int | None, *, argument: str = "image_size") -> int:
     """The side of a patch: `patch_size`, or by default 4 up to 40 px, 8 up to 112 px, otherwise 16.
 
     Raises:
-        RecipeError: It does not divide the image size.
+        RecipeError: It does not divide the image size, which the error calls by the name of the `argument`.
     """
     patch = patch_size or (4 if image_size <= 40 else 8 if image_size <= 112 else 16)
     if image_size % patch:
         nearest = max(1, round(image_size / patch)) * patch
         raise RecipeError(
-            f"image_size={image_size} is not divisible by patch_size={patch}: the nearest valid is {nearest}"
+            f"{argument}={image_size} is not divisible by patch_size={patch}: the nearest valid is {nearest}"
         )
     return patch
 
@@ -212,7 +239,7 @@ def resize_input(encoder: nn.Module, image_size: int) -> None:
         RecipeError: The patch size does not divide it.
     """
     if isinstance(encoder, VisionTransformer):
-        resolve_patch_size(image_size, encoder.patch_embed.patch_size[0])
+        resolve_patch_size(image_size, encoder.patch_embed.patch_size[0], argument="img_size")
         encoder.set_input_size((image_size, image_size))
 
 

@@ -17,7 +17,7 @@ class RecipeError(VisionSSLError):
 
 
 class WeightsError(VisionSSLError, ValueError):
-    """Weights are unknown, damaged, or not the ones that the registry vouches for."""
+    """Weights are unknown, out of reach, damaged, or not those that the registry, their card or the Hub vouches for."""
 
 
 class CheckpointError(VisionSSLError, RuntimeError):

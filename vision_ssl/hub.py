@@ -1,28 +1,26 @@
-"""Weights in and out: packaged ones by name, a folder, or a file, in timm's own form."""
+"""Weights in and out: by name, from a folder, a file or the Hugging Face Hub, in timm's own form."""
 
-import hashlib
-import json
 import os
 import re
-from difflib import get_close_matches
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
+import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .cache import first_few
+from .config import CONFIG_FILE, to_config
 from .data import Preprocess, channel_statistics
-from .encoders import ENCODERS, STEMS, EncoderSpec, feature_dim, resize_input, resolve_encoder
-from .errors import CheckpointError, RecipeError, WeightsError
-from .registry import find, list_models
-from .storage import load_tensors, save_json, save_tensors
+from .device import pick_device
+from .encoders import EncoderSpec, feature_dim, resize_input
+from .errors import RecipeError, WeightsError
+from .locate import ENCODER_FILE, HEAD_FILE, Located, file_hash, locate
+from .storage import save_json, save_tensors
 
-ENCODER_FILE, HEAD_FILE, CONFIG_FILE = "model.safetensors", "head.safetensors", "config.json"
-
-# All that a config may ask for: timm would build anything, and some of it opens further files.
-_ARCHITECTURES = {
-    resolve_encoder(name, image_size=224, stem=stem).architecture: (name, stem) for name in ENCODERS for stem in STEMS
-}
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # the last is BatchNorm's counter
 
 
 class Encoder(nn.Module):
@@ -74,29 +72,8 @@ def save(
     }
     for file, tensors in parts.items():  # only now: a value that is refused leaves all files as they were
         save_tensors(directory / file, tensors)
-    mean, std = channel_statistics(spec.channels)
-    config = {
-        "architecture": spec.architecture,
-        "num_classes": 0,
-        "num_features": feature_dim(encoder),
-        "model_args": _model_args(spec),
-        "pretrained_cfg": {
-            "num_classes": 0,
-            "input_size": [spec.channels, spec.image_size, spec.image_size],
-            "fixed_input_size": spec.is_vit,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": list(mean),
-            "std": list(std),
-        },
-        "vision_ssl": card | {"sha256": {file: file_hash(directory / file) for file in parts}},
-    }
-    save_json(directory / CONFIG_FILE, config)
-
-
-def _model_args(spec: EncoderSpec) -> dict[str, Any]:
-    return spec.args | ({} if spec.channels == 3 else {"in_chans": spec.channels})
+    hashes = {"sha256": {file: file_hash(directory / file) for file in parts}}
+    save_json(directory / CONFIG_FILE, to_config(spec, feature_dim(encoder), card | hashes))
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:
@@ -109,13 +86,18 @@ def _half(name: str, tensor: Tensor) -> Tensor:
     return half
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+class LoadOptions(TypedDict, total=False):
+    """The keywords of `load`, for functions that pass them on."""
+
+    num_classes: int
+    pretrained: bool
+    img_size: int | None
+    in_chans: int | None
+    global_pool: str | None
+    dtype: torch.dtype | None
+    device: str | torch.device | None
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
 
 
 def load(
@@ -123,17 +105,34 @@ def load(
     *,
     num_classes: int = 0,
     pretrained: bool = True,
-    image_size: int | None = None,
+    img_size: int | None = None,
+    in_chans: int | None = None,
+    global_pool: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> Encoder:
     """Load an encoder.
 
     Args:
-        name: A model such as `mae_vit_small` or `mae_vit_small.tiny_imagenet`, the `weights` folder of a run, or
-            the `model.safetensors` in one.
+        name: A model such as `mae_vit_small` or `mae_vit_small.tiny_imagenet`; a run, its `weights` folder, or a
+            `.safetensors` file that lies beside its `config.json`; or a repository of the Hugging Face Hub,
+            `hf:owner/repo` or `hf:owner/repo@revision`. A model is taken from the package, else from the `weights`
+            folder of the clone, else from the cache, else from the Hub.
         num_classes: Width of a new, random classification head; 0 for pooled features.
         pretrained: False for random weights.
-        image_size: Side of the input, pixels; by default the checkpoint's. A ViT's position embedding is
+        img_size: Side of the input, pixels; by default the checkpoint's. A ViT's position embedding is
             interpolated.
+        in_chans: Channels of the input; by default the checkpoint's. Weights for 3 are adapted to others as timm
+            does it: the filters are summed for 1, else repeated and scaled.
+        global_pool: `avg`, or for a ViT `token` (the class token), or for a ResNet `max` or "" (the map itself); by
+            default what the checkpoint was measured with.
+        dtype: Of the parameters; by default float32.
+        device: Where they go; by default the CPU.
+        cache_dir: Where downloads are kept; by default the cache of `huggingface_hub`, whose variables (`HF_HOME`,
+            `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`) hold.
+        local_files_only: Download nothing.
 
     Returns:
         A timm module in eval mode. Called with (B, C, S, S) it gives pooled features (B, D); `forward_features`
@@ -141,21 +140,34 @@ def load(
         into its input, and `card` says what it was trained on, how, and its measured scores.
 
     Raises:
-        WeightsError: The name is unknown, a file is damaged, or a hash is not the registered one.
-        RecipeError: `num_classes` is negative, or the encoder cannot take images of this size.
+        WeightsError: The name is unknown, the Hub cannot be reached, a file is damaged, or a hash is not the one
+            that the registry, the card or the Hub vouches for.
+        RecipeError: An option is out of range, or the encoder cannot take it.
     """
     if num_classes < 0:
         raise RecipeError(f"num_classes={num_classes} is too small: expected at least 0")
-    if image_size is not None and image_size < 1:
-        raise RecipeError(f"image_size={image_size} is too small: expected at least 1")
-    directory, hashes = _locate(name)
-    spec, card = _read_config(directory)
-    encoder = spec.build(num_classes)
+    for option, number in {"img_size": img_size, "in_chans": in_chans}.items():
+        if number is not None and number < 1:
+            raise RecipeError(f"{option}={number} is too small: expected at least 1")
+    located = locate(name, cache_dir=cache_dir, local_files_only=local_files_only)
+    spec, stored = located.spec, located.spec.channels
+    if in_chans not in (None, stored) and stored != 3:
+        raise RecipeError(f"in_chans={in_chans} does not fit weights for {stored} channels: only those for 3 adapt")
+    spec = replace(spec, channels=in_chans or stored)
+    encoder = spec.build(num_classes, global_pool=global_pool)
     if pretrained:
-        _fill(encoder, directory / ENCODER_FILE, hashes, new_head=num_classes > 0)
-    if image_size is not None and image_size != spec.image_size:
-        resize_input(encoder, image_size)
-    return attach(encoder, image_size or spec.image_size, spec.channels, card).eval()
+        path, tensors = located.encoder()
+        if spec.channels != stored:
+            first = f"{spec.first_conv}.weight"
+            if first in tensors and tensors[first].ndim == 4 and tensors[first].shape[1] == stored:
+                tensors[first] = adapt_input_conv(spec.channels, tensors[first])
+        _fill(encoder, path, tensors, new_head=spec.classifier if num_classes else None)
+    if img_size is not None and img_size != spec.image_size:
+        resize_input(encoder, img_size)
+    if device is not None:
+        device = pick_device(str(device))
+    encoder.to(device=device, dtype=dtype)
+    return attach(encoder, img_size or spec.image_size, spec.channels, located.card).eval()
 
 
 def attach(module: nn.Module, image_size: int, channels: int, card: dict[str, Any]) -> Encoder:
@@ -166,113 +178,93 @@ def attach(module: nn.Module, image_size: int, channels: int, card: dict[str, An
     return encoder
 
 
-def load_into(model: nn.Module, name: str | os.PathLike[str], *, head_required: bool = False) -> None:
+def load_into(
+    model: nn.Module,
+    name: str | os.PathLike[str],
+    *,
+    head_required: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> None:
     """Put the weights of `name` into a model's `encoder`, and into its `head` where they fit.
 
     Args:
         model: Has an `encoder`, a timm module, and a `head`.
         name: As for `load`.
         head_required: Refuse weights whose head is missing or does not fit; otherwise such a head stays as it is.
+        cache_dir: As for `load`.
+        local_files_only: As for `load`.
 
     Raises:
         WeightsError: The weights are of another architecture, or cannot be read.
     """
-    directory, hashes = _locate(name)
-    encoder = cast(Any, model.encoder)
-    architecture, expected = _read_config(directory)[0].architecture, encoder.pretrained_cfg["architecture"]
+    located = locate(name, cache_dir=cache_dir, local_files_only=local_files_only)
+    _fill_model(model, located, str(name), head_required=head_required, fill=_fill)
+
+
+def load_model(
+    build: Callable[[], nn.Module],
+    name: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> nn.Module:
+    """Build a model and put all of the weights of `name` into it, as `load_into` does.
+
+    What is to be built comes from a card, and may be larger than memory: so it is built without memory first, and
+    in earnest once it is known that the files fill it.
+
+    Args:
+        build: Makes a model with an `encoder` and a `head`.
+        name: As for `load`.
+        cache_dir: As for `load`.
+        local_files_only: As for `load`.
+
+    Raises:
+        WeightsError: The weights are not those of this model, or cannot be read.
+    """
+    located = locate(name, cache_dir=cache_dir, local_files_only=local_files_only)
+    try:
+        with torch.device("meta"):
+            outline = build()
+    except (ArithmeticError, RuntimeError, TypeError) as error:  # a size that not even an outline can have
+        raise WeightsError(f"{str(name)!r} has a recipe that cannot be built: {str(error)[:200]!r}") from error
+    _fill_model(outline, located, str(name), head_required=True, fill=_check)
+    model = build()
+    _fill_model(model, located, str(name), head_required=True, fill=_fill)
+    return model
+
+
+def _fill_model(
+    model: nn.Module, located: Located, name: str, *, head_required: bool, fill: Callable[..., None]
+) -> None:
+    encoder, head = cast(Any, model.encoder), cast(nn.Module, model.head)
+    architecture, expected = located.spec.architecture, encoder.pretrained_cfg["architecture"]
     if architecture != expected:  # of the two small stems, either would take the other's tensors
-        raise WeightsError(f"{str(name)!r} holds a {architecture}: expected {expected}, as encoder and stem ask for")
-    _fill(encoder, directory / ENCODER_FILE, hashes)
-    path, head = directory / HEAD_FILE, cast(nn.Module, model.head)
-    if head_required or (path.is_file() and _shapes(_read(path, hashes)) == _shapes(head.state_dict())):
-        _fill(head, path, hashes)
+        raise WeightsError(f"{name!r} holds a {architecture}: expected {expected}, as encoder and stem ask for")
+    fill(encoder, *located.encoder())
+    if head_required or located.has_head():
+        path, tensors = located.head()
+        if head_required or _shapes(tensors) == _shapes(head.state_dict()):
+            fill(head, path, tensors)
 
 
-def read_card(name: str | os.PathLike[str]) -> dict[str, Any]:
+def read_card(
+    name: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> dict[str, Any]:
     """The card of a model, without loading its weights.
 
     Raises:
         WeightsError: The name is unknown.
     """
-    return _read_config(_locate(name)[0])[1]
-
-
-def _locate(name: str | os.PathLike[str]) -> tuple[Path, dict[str, str]]:
-    """The folder of weights, and the hashes that its files must have."""
-    known = find(str(name))
-    if known is not None:
-        return known.directory, known.sha256
-    path = Path(name)
-    if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl"):
-        raise WeightsError(
-            f"{path} may hold pickled code, and is not opened: expected a .safetensors file, such as "
-            "`vision-ssl import` makes of it"
-        )
-    directory = path.parent if path.name == ENCODER_FILE else path
-    if (directory / "weights" / CONFIG_FILE).is_file():
-        directory = directory / "weights"
-    if (directory / CONFIG_FILE).is_file():
-        return directory, {}
-    if path.exists():
-        raise WeightsError(f"{path} is not a folder of weights: expected {CONFIG_FILE} and {ENCODER_FILE} in it")
-    close = get_close_matches(str(name), [*list_models(), *(n.partition(".")[0] for n in list_models())], n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"the models are {', '.join(list_models())}"
-    raise WeightsError(f"{str(name)!r} is neither a known model nor a path: {hint}")
-
-
-def _read_config(directory: Path) -> tuple[EncoderSpec, dict[str, Any]]:
-    """The encoder and the card that `config.json` describes, if this package could have written it."""
-    path = directory / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        architecture, args = config["architecture"], dict(config["model_args"])
-        channels, size, _ = config["pretrained_cfg"]["input_size"]
-        statistics = tuple(tuple(config["pretrained_cfg"][name]) for name in ("mean", "std"))
-        card = dict(config.get("vision_ssl", {}))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise WeightsError(f"{path} is not the description of an encoder: {reason}") from error
-    if str(architecture) not in _ARCHITECTURES:
-        raise WeightsError(f"{path} asks for {architecture!r}: expected one of {', '.join(_ARCHITECTURES)}")
-    numbers = {"channels": channels, "image size": size, "patch_size": args.get("patch_size", 1)}
-    for key, number in numbers.items():
-        if type(number) is not int or number < 1:
-            raise WeightsError(f"{path} has {key} {number!r}: expected a whole number above 0")
-    name, stem = _ARCHITECTURES[architecture]
-    patch_size = args.get("patch_size")
-    try:
-        spec = resolve_encoder(name, image_size=size, stem=stem, patch_size=patch_size, channels=channels)
-    except RecipeError as error:
-        raise WeightsError(f"{path}: {error}") from error
-    if args != _model_args(spec):
-        raise WeightsError(f"{path} has model_args {args}: expected {_model_args(spec)}")
-    if statistics != channel_statistics(channels):
-        raise WeightsError(f"{path} has mean and std {statistics}: expected {channel_statistics(channels)}")
-    return spec, card
+    return locate(name, cache_dir=cache_dir, local_files_only=local_files_only).card
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _read(path: Path, hashes: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors of a file whose hash, if it is registered, is the right one."""
-    expected = hashes.get(path.name)
-    if expected is not None and path.is_file() and (actual := file_hash(path)) != expected:
-        raise WeightsError(f"{path} has SHA-256 {actual}, but the registry says {expected}: it is refused")
-    try:
-        return load_tensors(path)[0]
-    except CheckpointError as error:
-        raise WeightsError(str(error)) from error
-
-
-def _fill(module: nn.Module, path: Path, hashes: dict[str, str], *, new_head: bool = False) -> None:
-    """Load a file into a module: every tensor has its place, and only a new classifier may be left out."""
-    tensors = _read(path, hashes)
-    wrong = misfits(tensors, module, may_lack=r"(head|fc)\." if new_head else None)
-    if wrong:
-        raise WeightsError(f"{path} does not fit {type(module).__name__}: {first_few(wrong)}")
-    module.load_state_dict(tensors, strict=False)  # a new head keeps its random weights
 
 
 def misfits(tensors: dict[str, Tensor], module: nn.Module, *, may_lack: str | None = None) -> list[str]:
@@ -285,7 +277,25 @@ def misfits(tensors: dict[str, Tensor], module: nn.Module, *, may_lack: str | No
     """
     given, needed = _shapes(tensors), _shapes(module.state_dict())
     return [
-        f"{name!r} is {given.get(name, 'missing')}, expected {needed.get(name, 'nothing')}"
+        f"{name[:100]!r} is {str(given.get(name, 'missing'))[:100]}, expected {needed.get(name, 'nothing')}"
         for name in dict.fromkeys([*needed, *given])
         if given.get(name) != needed.get(name) and not (may_lack and name not in given and re.match(may_lack, name))
     ]
+
+
+def _check(module: nn.Module, path: Path, tensors: dict[str, Tensor], *, new_head: str | None = None) -> None:
+    """Refuse tensors unless every one has its place; only a new head may be left out."""
+    wrong = misfits(tensors, module, may_lack=rf"{new_head}\." if new_head else None)
+    if wrong:
+        raise WeightsError(f"{path} does not fit {type(module).__name__}: {first_few(wrong)}")
+
+
+def _fill(module: nn.Module, path: Path, tensors: dict[str, Tensor], *, new_head: str | None = None) -> None:
+    """Put tensors into a module, if they fit and are numbers."""
+    _check(module, path, tensors, new_head=new_head)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _TYPES:
+            raise WeightsError(f"{path} has {name} as {tensor.dtype}: expected one of {', '.join(map(str, _TYPES))}")
+        if not tensor.isfinite().all():
+            raise WeightsError(f"{path} is damaged: {name} has values that are not finite")
+    module.load_state_dict(tensors, strict=False)  # a new head keeps its random weights

@@ -34,8 +34,8 @@ class RunOptions:
         cache_dir: Where decoded images are kept; by default `~/.cache/vision_ssl`.
         cache_size: Side at which images are kept before cropping, pixels; by default the recipe's `image_size`.
         save_minutes: Minutes between checkpoints.
-        knn_epochs: Epochs between kNN accuracies, where labels exist, on a split of the training images (the encoder
-            trains on all of them); 0 for never.
+        look_epochs: Epochs between two looks at the encoder: the effective rank of its features and, where labels
+            exist, its kNN and linear accuracy on a split of the training images (it trains on all of them); 0 for none.
         keep_epochs: Epochs between encoders that are kept as weights in `epochs/0005` and so on, and after the last
             epoch; 0 for none.
     """
@@ -52,13 +52,13 @@ class RunOptions:
     cache_dir: str | None = None
     cache_size: int | None = None
     save_minutes: float = 10.0
-    knn_epochs: int = 5
+    look_epochs: int = 5
     keep_epochs: int = 0
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_counts(self, "cache_size")
-        check_numbers(self, "time_limit", "save_minutes", "knn_epochs", "keep_epochs")
+        check_numbers(self, "time_limit", "save_minutes", "look_epochs", "keep_epochs")
 
     def directory(self, recipe: "Recipe") -> Path:
         """Where a run of this recipe goes."""

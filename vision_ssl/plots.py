@@ -26,7 +26,7 @@ SMOOTHED_FROM = 100  # steps; of a shorter run, each step is shown as a point
 
 
 def curves(run: str | os.PathLike[str] | Sequence[Record], out: str | os.PathLike[str]) -> Path:
-    """Draw loss, learning rate and kNN accuracy over the steps of a run.
+    """Draw loss, learning rate, and what the looks at the encoder gave, over the steps of a run.
 
     Args:
         run: Directory of a run, or the records of its `metrics.jsonl`.
@@ -46,14 +46,17 @@ def curves(run: str | os.PathLike[str] | Sequence[Record], out: str | os.PathLik
     steps = [record for record in records if "loss" in record]
     if not steps:
         raise DataError(f"{name}the run has no step yet: expected records with a loss")
-    looks = [record for record in records if "knn_accuracy" in record]
-    panels = 3 if looks else 2
+    accuracies = [record for record in records if "knn_accuracy" in record]
+    ranks = [record for record in records if "effective_rank" in record]
+    panels = 2 + bool(accuracies) + bool(ranks)
     figure = _figure(7, 0.6 + 2.2 * panels)
     rows: Sequence[Axes] = figure.subplots(panels, sharex=True)
     _draw_loss(rows[0], _column(steps, "step"), _column(steps, "loss"))
     _draw_learning_rate(rows[1], _column(steps, "step"), _column(steps, "lr"))
-    if looks:
-        _draw_accuracy(rows[2], _column(looks, "step"), _column(looks, "knn_accuracy"))
+    if accuracies:
+        _draw_accuracies(rows[2], accuracies)
+    if ranks:
+        _draw_looks(rows[panels - 1], "effective rank", _column(ranks, "step"), _column(ranks, "effective_rank"))
     rows[-1].set_xlabel("step")
     rows[-1].set_xlim(left=0)
     rows[-1].xaxis.set_major_formatter("{x:,.0f}")
@@ -196,10 +199,21 @@ def _draw_learning_rate(axes: "Axes", steps: npt.NDArray[np.float64], lr: npt.ND
     axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
 
 
-def _draw_accuracy(axes: "Axes", steps: npt.NDArray[np.float64], accuracy: npt.NDArray[np.float64]) -> None:
-    _clean(axes, "kNN accuracy (%)")
-    axes.plot(steps, accuracy, color=GREEN, marker="o", markersize=4, linewidth=1.8)
-    axes.set_ylim(0, 1.1 * accuracy.max() or 1)
+def _draw_accuracies(axes: "Axes", records: Sequence[Record]) -> None:
+    steps = _column(records, "step")
+    _draw_looks(axes, "accuracy (%)", steps, _column(records, "knn_accuracy"))
+    axes.lines[-1].set_label("kNN")
+    if "linear_accuracy" in records[0]:
+        linear = _column(records, "linear_accuracy")
+        axes.plot(steps, linear, color=BLUE, marker="s", markersize=4, linewidth=1.8, label="linear")
+        axes.set_ylim(0, 1.1 * max(*axes.get_ylim(), linear.max()))
+    axes.legend(frameon=False)
+
+
+def _draw_looks(axes: "Axes", label: str, steps: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> None:
+    _clean(axes, label)
+    axes.plot(steps, values, color=GREEN, marker="o", markersize=4, linewidth=1.8)
+    axes.set_ylim(0, 1.1 * values.max() or 1)
 
 
 def _column(records: Sequence[Record], name: str) -> npt.NDArray[np.float64]:

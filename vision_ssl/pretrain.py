@@ -6,8 +6,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,15 +15,16 @@ import torch
 from torch import nn
 
 from . import __version__, hub
+from .config import CONFIG_FILE
 from .data import ImageSet, open_images
 from .device import native_bf16, pick_device
+from .diagnosis import diagnose, expected_loss
 from .distributed import process_group, rank, rank_zero_first, wait_for_all, world_size
 from .engine import Trainer
 from .errors import CheckpointError, RecipeError
-from .features import extract
+from .monitor import build_monitor
 from .options import LASTING, changed_fields
 from .plots import read_metrics
-from .probe import knn
 from .storage import save_json
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from .recipes import Recipe
 
 RUN_FILE, WEIGHTS_FOLDER, EPOCHS_FOLDER = "run.json", "weights", "epochs"
-KNN_IMAGES = 10_000  # of the training images, for the accuracy that is logged between epochs
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,31 @@ class Run:
     @property
     def kept(self) -> dict[int, Path]:
         """Folders of the encoders that were kept, as `load` takes them, by epoch."""
-        configs = sorted(self.directory.glob(f"{EPOCHS_FOLDER}/[0-9]*/{hub.CONFIG_FILE}"))
+        configs = sorted(self.directory.glob(f"{EPOCHS_FOLDER}/[0-9]*/{CONFIG_FILE}"))
         return {int(config.parent.name): config.parent for config in configs}
 
     @property
     def metrics(self) -> list[dict[str, float]]:
         """The lines of `metrics.jsonl`: one a step, and one for each look at the encoder."""
         return [dict(line) for line in read_metrics(self.directory)]
+
+    def push(self, repo: str, *, private: bool = False, tag: str | None = None) -> str:
+        """Publish the weights and a model card on the Hugging Face Hub; return the address of the commit.
+
+        What is there already is not sent again. `vision_ssl.load("hf:owner/name")` loads it, and timm's
+        `create_model("hf-hub:owner/name", pretrained=True)`.
+
+        Args:
+            repo: `owner/name`; made if it is not there.
+            private: Make it private.
+            tag: A name for this commit, which never changes its meaning.
+
+        Raises:
+            WeightsError: There are no weights yet, or the Hub refuses or cannot be reached.
+        """
+        from .extra.push import push
+
+        return cast(str, push(self.directory, repo, private=private, tag=tag).url)
 
 
 def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
@@ -144,8 +160,10 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
             hub.save(run.directory / EPOCHS_FOLDER / f"{epoch:04d}", encoder, spec, card=card())
 
         trainer.fit(
-            monitor=_knn_monitor(images, options) if options.knn_epochs > 0 else None,
-            monitor_epochs=options.knn_epochs,
+            monitor=build_monitor(images, seed=options.seed, cache_dir=options.cache_dir)
+            if options.look_epochs
+            else None,
+            monitor_epochs=options.look_epochs,
             keep=keep,
             keep_epochs=options.keep_epochs,
             time_limit=options.time_limit,
@@ -153,6 +171,7 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
         )
         if rank() == 0:
             hub.save(run.directory / WEIGHTS_FOLDER, encoder, spec, card=card(), head=cast(nn.Module, model.head))
+            _say(f"  verdict  {diagnose(recipe, run.metrics)}")
             if not trainer.progress.finished:
                 _say(f"stopped at step {trainer.progress.step:,} of {trainer.progress.steps:,}; to go on:")
                 _say(f"  {_how_to_go_on(recipe, source, options, run)}")
@@ -211,31 +230,12 @@ def _announce(
         "estimate": f"{left}, at {seconds:.2f} s a step" + (f"; {memory / 2**30:.1f} GiB of memory" if memory else ""),
         "out": str(run.directory),
     }
+    if (losses := expected_loss(recipe)) is not None:
+        lines["loss"] = f"{losses[1]:.3f} by chance, {losses[0]:.3f} at best"
     for name, value in lines.items():
         _say(f"{name:>9}  {value}")
     for note in recipe.advice():
         _say(f"  warning  {note}")
-
-
-def _knn_monitor(images: ImageSet, options: "RunOptions") -> Callable[[nn.Module], dict[str, float]] | None:
-    """Accuracy of kNN among training images: four fifths of a sample are the index, one fifth the queries.
-
-    There is none where the images have no labels, or the index holds a single class.
-    """
-    sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:KNN_IMAGES]
-    cut = len(sample) * 4 // 5
-    if images.labels is None or len(images.labels[sample[:cut]].unique()) < 2:
-        return None
-    index, queries = images.select(sample[:cut]), images.select(sample[cut:])
-
-    def monitor(model: nn.Module) -> dict[str, float]:
-        encoder = cast(nn.Module, model.encoder)
-        train, val = (extract(encoder, part, cache_dir=options.cache_dir) for part in (index, queries))
-        with warnings.catch_warnings():  # of few images of many classes, the index may lack one: no news each time
-            warnings.simplefilter("ignore")
-            return {"knn_accuracy": knn(train, val, k=min(20, cut)).accuracy}
-
-    return monitor
 
 
 def _card(

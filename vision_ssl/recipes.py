@@ -93,7 +93,7 @@ class Recipe:
     """What the two methods share. Defaults are for 64 px images.
 
     Attributes:
-        encoder: `resnet18`, `resnet34`, `resnet50`, `vit_tiny`, `vit_small` or `vit_base`.
+        encoder: `resnet18`, `resnet34`, `resnet50`, `vit_tiny`, `vit_small`, `vit_base`, `vit_large` or `vit_huge`.
         image_size: Side of the views, pixels.
         channels: Channels of the images.
         stem: ResNets: `7x7`, `3x3`, `3x3-nopool`, or `auto` by image size.

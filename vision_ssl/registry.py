@@ -1,11 +1,12 @@
 """The models that the package knows, as data. Importing this module does not import torch."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 PACKAGED = Path(__file__).parent / "weights"
+CLONED = Path(__file__).parents[1] / "weights"  # at the root of a clone: models too big for the wheel
 
 
 @dataclass(frozen=True)
@@ -15,17 +16,30 @@ class Weights:
     Attributes:
         name: `architecture.tag`, such as `simclr_resnet18.tiny_imagenet`.
         summary: What it is, in a line.
-        sha256: File name to hash, for each file of tensors.
+        sha256: File name to hash, for each file of tensors. A downloaded file that is not listed is checked against
+            the hash that the Hub itself announces.
+        repo: Its repository on the Hub, `owner/name`; empty where there is none.
+        revision: The commit of `repo` that this is.
+        facts: The card of weights whose `config.json` has none, since others published them.
     """
 
     name: str
     summary: str
     sha256: dict[str, str]
+    repo: str = ""
+    revision: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
-        """Where the package keeps it."""
-        return PACKAGED / self.name
+        """Where it is without a download: in the package, or in the clone."""
+        packaged = PACKAGED / self.name
+        return packaged if packaged.is_dir() else CLONED / self.name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is there without a download."""
+        return (self.directory / "config.json").is_file()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -35,11 +49,13 @@ class Weights:
     @property
     def card(self) -> dict[str, Any]:
         """The facts that travel with it."""
-        return cast(dict[str, Any], self.config["vision_ssl"])
+        return self.facts or cast(dict[str, Any], self.config["vision_ssl"])
 
     @property
     def own_scores(self) -> list[dict[str, Any]]:
-        """What was measured on the data set that it was pretrained on."""
+        """What was measured on the data set that it was pretrained on; nothing while it is not there."""
+        if not self.is_local:
+            return []
         return [score for score in self.card["scores"] if self.card["data"]["name"].startswith(score["data"])]
 
 
@@ -64,14 +80,54 @@ WEIGHTS: tuple[Weights, ...] = (
 )
 
 
+def _mae(size: str, patch_size: int, revision: str, sha256: dict[str, str]) -> Weights:
+    """MAE of its authors (He et al. 2022), in the repositories where timm publishes it; encoders alone."""
+    repo = f"timm/vit_{size}_patch{patch_size}_224.mae"
+    return Weights(
+        f"mae_vit_{size}.in1k",
+        f"MAE of its authors, ViT-{size.title()} with patches of {patch_size} px, 224 px, ImageNet-1k; CC-BY-NC-4.0",
+        sha256,
+        repo=repo,
+        revision=revision,
+        facts={
+            "method": "mae",
+            "name": f"mae_vit_{size}.in1k",
+            "data": {"name": "ImageNet-1k"},
+            "source": f"hf:{repo}@{revision}, from https://github.com/facebookresearch/mae",
+            "licence": "CC-BY-NC-4.0: not for commercial use",
+            "sha256": sha256,
+            "hash": "pinned" if sha256 else "not pinned: the file is checked against the hash that the Hub announces",
+            "scores": [],
+        },
+    )
+
+
+# Weights of others, downloaded from the Hub when they are first asked for.
+UPSTREAM: tuple[Weights, ...] = (
+    _mae("base", 16, "9085cfddecbe125d73b95d25b7d4eb4832f216fa", {}),
+    _mae(
+        "large",
+        16,
+        "c6421a822d7e8973bab74ed0d00695a506410faf",
+        {"model.safetensors": "d58a1a547a07c3c41917c23069dcaadab6f469a8cf793a3cba5fe404c344ab68"},
+    ),
+    _mae(
+        "huge",
+        14,
+        "007fb32550ad33651c5dd46afd86251f452b0334",
+        {"model.safetensors": "4c1c77c532753bf1d5dc5ec1dd7052d819986a6532df5e1c81b821611948be98"},
+    ),
+)
+
+
 def list_models() -> list[str]:
-    """Names of the packaged weights, as `load` takes them."""
-    return [weights.name for weights in WEIGHTS]
+    """Names of the models that `load` knows: the packaged ones, then those that it downloads."""
+    return [weights.name for weights in (*WEIGHTS, *UPSTREAM)]
 
 
 def find(name: str) -> Weights | None:
     """The weights of a full name, or the newest of a bare one; None if the registry does not know it."""
-    for weights in reversed(WEIGHTS):
+    for weights in reversed((*UPSTREAM, *WEIGHTS)):
         if name in (weights.name, weights.name.partition(".")[0]):
             return weights
     return None

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .distributed import gather, rank
 from .encoders import feature_dim
+from .spread import alignment, feature_std, uniformity
 
 if TYPE_CHECKING:
     from .recipes import SimCLR
@@ -105,8 +106,14 @@ class SimCLRModel(nn.Module):
         """
         features = self.encoder(torch.cat([first, second]))
         projections = self.head(features)
-        loss = nt_xent(projections[: len(first)], projections[len(first) :], self.temperature)
-        return loss, {"feature_std": F.normalize(features.detach().float(), dim=1).std(dim=0).mean()}
+        ours, theirs = projections[: len(first)], projections[len(first) :]
+        with torch.no_grad():
+            metrics = {
+                "feature_std": feature_std(features),
+                "alignment": alignment(ours, theirs),
+                "uniformity": uniformity(ours),
+            }
+        return nt_xent(ours, theirs, self.temperature), metrics
 
 
 def build_simclr(recipe: "SimCLR") -> SimCLRModel:

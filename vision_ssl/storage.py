@@ -88,8 +88,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # a RuntimeError: there is no room for what it holds
+        reason = " ".join(str(error).split())[:200]  # it may repeat what a hostile file holds
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {reason}") from error
     header.pop("format", None)
     return tensors, {name: _fact(text) for name, text in header.items()}
 
@@ -97,5 +98,5 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _fact(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:  # a file from elsewhere
+    except (ValueError, RecursionError):  # a file from elsewhere
         return text

@@ -1,1 +1,1 @@
-"""What not every user needs: nothing imports it but the command line, when a command asks for it."""
+"""What not every user needs. Only the command line and `Run` import from here, when they are asked to."""

@@ -20,6 +20,7 @@ from ..cache import first_few
 from ..data import channel_statistics
 from ..encoders import STEMS, EncoderSpec, sincos_position_embedding
 from ..errors import RecipeError, WeightsError
+from ..locate import file_hash
 from ..storage import check_new_folder
 from .heads import MAY_LACK, Head, find_decoder, find_projector, same_table, swap_halves
 from .infer import infer_resnet, infer_vit, with_class_position
@@ -124,7 +125,7 @@ def convert(
     )
     card = {
         **(head.facts if head else {}),
-        "source": {"file": path.name, "sha256": hub.file_hash(path), "recognised": conversion.recognised},
+        "source": {"file": path.name, "sha256": file_hash(path), "recognised": conversion.recognised},
         "left_out": list(conversion.left_out),
         "notes": list(conversion.notes),
         "licence": conversion.licence,

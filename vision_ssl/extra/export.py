@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import hub
 from ..errors import MissingExtraError, WeightsError
+from ..locate import HEAD_FILE
 from ..recipes import MAE, recipe_from_dict
 from ..storage import check_new_folder, save_json, save_tensors, write_whole
 
@@ -137,7 +138,7 @@ def _transformers(name: str | os.PathLike[str], encoder: hub.Encoder, directory:
     card = encoder.card
     recipe = recipe_from_dict(card["recipe"]) if "recipe" in card else None
     config = _vit_config(encoder)
-    if isinstance(recipe, MAE) and hub.HEAD_FILE in card["sha256"]:
+    if isinstance(recipe, MAE) and HEAD_FILE in card["sha256"]:
         model = cast(Any, recipe.build())
         hub.load_into(model, name, head_required=True)
         # Rows come before columns in our decoder's table, and after them in MAE's own, but a table is a table.

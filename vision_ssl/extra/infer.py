@@ -10,7 +10,7 @@ from ..errors import WeightsError
 
 # Bottleneck blocks or basic ones, and how many in each of the four layers.
 _BLOCKS = dict(zip(RESNETS, [(False, (2, 2, 2, 2)), (False, (3, 4, 6, 3)), (True, (3, 4, 6, 3))], strict=True))
-_WIDTHS = dict(zip(VITS, (192, 384, 768), strict=True))
+_SIZES = dict(zip(VITS, [(192, 12), (384, 12), (768, 12), (1024, 24), (1280, 32)], strict=True))  # width and blocks
 
 # What a ResNet's weights do not tell, unless it is said.
 _IMAGE_SIZES = {"7x7": 224, "3x3": 64, "3x3-nopool": 32}
@@ -61,10 +61,10 @@ def infer_vit(tensors: dict[str, Tensor]) -> EncoderSpec:
     """
     width, channels, patch_size, other = _tensor(tensors, "patch_embed.proj.weight", 4).shape
     depth = sum(name.startswith("blocks.") and name.endswith(".norm1.weight") for name in tensors)
-    name = next((name for name, known in _WIDTHS.items() if (known, 12) == (width, depth)), None)
+    name = next((name for name, size in _SIZES.items() if size == (width, depth)), None)
     if name is None:
-        known = ", ".join(f"{name} of {size}" for name, size in _WIDTHS.items())
-        raise WeightsError(f"a ViT {width} wide with {depth} blocks is none of ours: expected {known}, with 12 blocks")
+        known = ", ".join(f"{name} of {wide} and {deep}" for name, (wide, deep) in _SIZES.items())
+        raise WeightsError(f"a ViT {width} wide with {depth} blocks is none of ours: expected {known}")
     _tensor(tensors, "cls_token", 3)  # without one, its patches would attend to one token less than ours
     patches = _tensor(tensors, "pos_embed", 3).shape[1] - 1
     grid = math.isqrt(patches)
