@@ -22,7 +22,7 @@ LEVELS = """
 __main__
 cli
 commands extra.commands
-extra.compare_page extra.convert extra.export extra.push extra.report_page
+extra.compare_page extra.convert extra.export extra.push extra.report_page extra.tracking
 extra.gallery extra.heads extra.history extra.infer extra.pickles
 extra.charts extra.glimpses extra.layouts extra.measured extra.pictures
 extra.html

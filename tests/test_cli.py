@@ -27,7 +27,7 @@ from vision_ssl.storage import load_tensors
 
 COMMANDS = (
     *("list", "info", "demo", "train", "extract", "probe", "knn", "finetune", "reconstruct", "plot"),
-    *("report", "compare", "import", "export"),
+    *("report", "compare", "track", "import", "export", "push"),
 )
 TINY_MAE = MAE(
     encoder="vit_tiny",

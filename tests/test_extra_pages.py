@@ -110,6 +110,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mae"
     TINY_MAE.train(images, out=out, device="cpu", precision="fp32")
+    with (out / "metrics.jsonl").open("a") as file:  # what a look at the encoder may have measured
+        look = {"step": 6, "epoch": 2.0, "knn_accuracy": 50.0, "linear_accuracy": 60.0, "effective_rank": 7.0}
+        file.write(json.dumps(look) + "\n")
     (out / "probe_curve.csv").write_text("epoch,loss,accuracy,val_accuracy\n1,0.6,70,60\n2,0.5,80,65\n")
     return out
 
@@ -224,7 +227,10 @@ def test_report_of_a_run_has_all_its_sections(reported: tuple[Path, Scores]) -> 
         *("Scores", "Neighbours", "Classes", "Confusions", "Map", "Reconstructions", "Glimpses", "Training"),
         "Provenance",
     ]
-    assert "accuracy of a probe" in page.text
+    charts = [str(attributes["aria-label"]) for tag, attributes in page.elements if attributes.get("role") == "img"]
+    assert charts[3:] == [
+        *("training loss", "learning rate", "accuracy while training", "effective rank", "accuracy of a probe"),
+    ]
 
 
 def test_report_without_recipe_and_curves(foreign_page: Path) -> None:

@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plot": commands.plot_command,
     "report": extra.report_command,
     "compare": extra.compare_command,
+    "track": extra.track_command,
     "import": extra.import_command,
     "export": extra.export_command,
     "push": extra.push_command,

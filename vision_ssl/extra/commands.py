@@ -63,6 +63,23 @@ def compare_command(
     print(f"\n{out}")
 
 
+def track_command(
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
+    /,
+    *,
+    to: Literal["tensorboard", "wandb"],
+) -> None:
+    """Hand the metrics of a run to TensorBoard or Weights & Biases.
+
+    Args:
+        run: The directory of a run.
+        to: `tensorboard`, into its folder `tensorboard`; or `wandb`, which with WANDB_MODE=offline sends nothing.
+    """
+    from .tracking import track
+
+    print(track(run, to))
+
+
 def import_command(
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")],
     /,

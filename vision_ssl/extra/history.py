@@ -42,7 +42,7 @@ def probe_curve_of(name: str) -> dict[str, Numbers] | None:
 
 
 def pretraining_charts(name: str) -> list[Markup]:
-    """Loss, learning rate, and kNN accuracy where it was logged; nothing of weights without metrics."""
+    """Loss, learning rate, and what was measured meanwhile; nothing of weights without metrics."""
     records = _metrics(name)
     steps = _steps(records)
     if not steps:
@@ -53,10 +53,12 @@ def pretraining_charts(name: str) -> list[Markup]:
         line_chart("training loss", smoothed("", epochs, _column(steps, "loss"), 0), x_label="epoch", y_label="loss"),
         line_chart("learning rate", [rate], x_label="epoch", y_label="learning rate", from_zero=True),
     ]
-    looks = [record for record in records if "knn_accuracy" in record]
-    if looks:
-        line = Line("", _column(looks, "epoch"), _column(looks, "knn_accuracy"))
-        charts.append(line_chart("kNN accuracy", [line], x_label="epoch", y_label="kNN accuracy (%)", from_zero=True))
+    accuracies = [_logged(records, "knn_accuracy", "kNN", 0), _logged(records, "linear_accuracy", "linear", 1)]
+    if lines := [line for line in accuracies if line is not None]:
+        title = "accuracy while training"
+        charts.append(line_chart(title, lines, x_label="epoch", y_label="accuracy (%)", from_zero=True))
+    if (rank := _logged(records, "effective_rank", "", 0)) is not None:
+        charts.append(line_chart("effective rank", [rank], x_label="epoch", y_label="effective rank", from_zero=True))
     return charts
 
 
@@ -88,6 +90,12 @@ def _metrics(name: str) -> Sequence[Record]:
 
 def _steps(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if "loss" in record]
+
+
+def _logged(records: Sequence[Record], name: str, label: str, series: int) -> Line | None:
+    """What some records alone have, if any."""
+    found = [record for record in records if name in record]
+    return Line(label, _column(found, "epoch"), _column(found, name), series) if found else None
 
 
 def _column(records: Sequence[Record], name: str) -> Numbers:
