@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vision_ssl import cli, hub
-from vision_ssl.data import open_images
+from vision_ssl.data import ImageSet, open_images
 from vision_ssl.encoders import resolve_encoder
 from vision_ssl.errors import DataError, RecipeError
+from vision_ssl.extra import gallery
 from vision_ssl.extra.compare_page import HEADINGS, PAIR_HEADINGS, write_comparison
-from vision_ssl.extra.measured import confusion, open_samples
+from vision_ssl.extra.measured import Samples, confusion, open_samples
 from vision_ssl.extra.report_page import Scores, write_report
-from vision_ssl.features import extract
+from vision_ssl.features import Features, extract
 from vision_ssl.pretrain import Run
 from vision_ssl.probe import linear
 from vision_ssl.recipes import MAE
@@ -43,14 +44,14 @@ TINY_MAE = MAE(
 VOID = {"img", "meta", "wbr"}
 
 
-def make_images(folder: Path, classes: tuple[str, ...], each: int) -> Path:
-    """Two splits of noisy images, brighter from class to class."""
+def make_images(folder: Path, classes: tuple[str, ...], each: int, *, contrast: int = 120) -> Path:
+    """Two splits of noisy images, brighter from class to class; of little contrast, they are hard to tell apart."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for label, name in enumerate(classes):
             (folder / split / name).mkdir(parents=True)
             for number in range(each):
-                pixels = rng.normal(60 + 120 * label / len(classes), 40, size=(26, 26, 3)).clip(0, 255)
+                pixels = rng.normal(60 + contrast * label / len(classes), 40, size=(26, 26, 3)).clip(0, 255)
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{number}.png")
     return folder
 
@@ -103,7 +104,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory.mktemp("images"), HOSTILE, 12)
+    return make_images(tmp_path_factory.mktemp("images"), HOSTILE, 12, contrast=4)
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +302,17 @@ def test_neighbours_are_the_nearest(reported: tuple[Path, Scores], run: Path, im
     assert [alt for alt in alts if alt.endswith((", right", ", wrong"))] == expected
 
 
+def test_neighbours_are_near_by_their_direction() -> None:
+    pixels = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    labels, classes, paths = torch.tensor([0, 1, 0]), ("a", "b"), ("0", "1", "2")
+    images = ImageSet(pixels, labels, classes, paths, "images", "0")
+    features = torch.tensor([[1.0, 0.1], [5.0, 5.0], [0.0, 1.0]])
+    train, val = (Features(rows, labels, classes, paths, "0", "e") for rows in (features, torch.eye(3)[:, :2]))
+    figure = Page(gallery.neighbours(Samples(images, images), train, val))
+    alts = [str(attributes["alt"]) for tag, attributes in figure.elements if tag == "img"]
+    assert alts[:4] == ["query: a", "a, right", "b, wrong", "a, right"]
+
+
 def test_page_is_the_same_each_time(reported: tuple[Path, Scores], run: Path, images: Path, tmp_path: Path) -> None:
     write_report(str(run), images, tmp_path / "again.html", per_class=10)
     assert (tmp_path / "again.html").read_bytes() == reported[0].read_bytes()
@@ -313,6 +325,10 @@ def test_samples_are_all_images_where_there_are_no_more(run: Path, images: Path)
     few = open_samples(encoder, images, 2).train
     assert few.labels is not None
     assert few.labels.tolist() == [0, 0, 1, 1]
+    everything = open_images(images, size=24).paths
+    places = [everything.index(path) for path in few.paths]
+    assert places == sorted(places)
+    assert places != [0, 1, 12, 13]  # drawn, not the first
     with pytest.raises(RecipeError, match="per_class=1: expected at least 2"):
         open_samples(encoder, images, 1)
 
@@ -342,6 +358,7 @@ def test_comparison(compared: tuple[Path, str], run: Path, foreign: Path, images
         )
     ]
     difference = paired_bootstrap(*reports)
+    assert difference.points != 0
     low, high = difference.interval
     chance = "yes" if low <= 0 <= high else "no"
     pair = [str(run), str(foreign), f"{difference.points:+.1f}", f"{low:+.1f} to {high:+.1f}", chance]

@@ -238,8 +238,8 @@ def _svg(title: str, height: float, content: Child) -> Markup:
 
 
 def _mark(series: int | None) -> str:
-    """A closed path; series that share a colour have different ones."""
-    return _MARKS[0 if series is None else (series % _COLOURS + series // _COLOURS) % len(_MARKS)]
+    """A closed path. There are four and seven colours, so that 28 series differ in one or the other."""
+    return _MARKS[(series or 0) % len(_MARKS)]
 
 
 def _fill(series: int | None) -> dict[str, str]:

@@ -86,7 +86,7 @@ def write_report(
         Section("Confusions", _confusions(linear)),
         Section("Map", _map(linear, val)),
     ]
-    if card.get("method") == "mae":
+    if card.get("method") == "mae" and samples.val.pixels.shape[1] in (1, 3):  # of others there are no pictures
         sections.append(Section("Reconstructions", gallery.reconstructions(name, samples.val)))
     sections.append(Section("Glimpses", gallery.glimpses(encoder, samples.val)))
     if history := _history(name):
