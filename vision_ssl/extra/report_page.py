@@ -21,15 +21,7 @@ from .charts import Group, Numbers, interval_chart, panels, scatter
 from .glimpses import principal_components
 from .history import pretraining_charts, probe_chart
 from .html import Child, Markup, Section, data_table, facts, figure, page, scrolling, tag
-from .measured import (
-    PIXELS,
-    Samples,
-    confusion,
-    features_of,
-    open_samples,
-    pixels_of,
-    probes,
-)
+from .measured import PIXELS, Samples, confusion, features_of, open_samples, pixels_of, probes
 from .pictures import heat_map
 
 PRETRAINED, UNTRAINED = "pretrained", "untrained"
@@ -91,7 +83,7 @@ def write_report(
     sections.append(Section("Glimpses", gallery.glimpses(encoder, samples.val)))
     if history := _history(name):
         sections.append(Section("Training", history))
-    sections.append(Section("Provenance", _provenance(card, linear, samples)))
+    sections.append(Section("Provenance", _provenance(card, linear, samples, device)))
     title = str(card.get("name") or Path(name).name)
     save_text(Path(out), page(title, _lead(train, scores, samples), sections))
     return scores
@@ -221,14 +213,15 @@ def _map(report: Report, val: Features) -> list[Child]:
     chosen = torch.linspace(0, len(val) - 1, min(len(val), POINTS)).round().long()
     points, labels = projected[chosen].numpy(), cast(Tensor, val.labels)[chosen].numpy()
     marked = _marked(report)
-    groups = [Group("", points[~np.isin(labels, marked)], None)] if len(marked) < len(val.classes) else []
+    many = len(val.classes) > FEW
+    groups = [Group("", points[~np.isin(labels, marked)], None)] if many else []
     groups += [Group(val.classes[label], points[labels == label], series) for series, label in enumerate(marked)]
     x_label, y_label = (
         f"{which} component, {100 * share:.0f} % of the variance"
         for which, share in zip(("first", "second"), shares.tolist(), strict=True)
     )
     caption = f"Features of {len(points):,} validation images, projected on the two directions in which they vary most."
-    if len(marked) < len(val.classes):
+    if many:
         caption += (
             f" In colour, the {MARKED // 2} classes that the linear probe tells best, and the {MARKED // 2} it "
             "tells worst; in gray, all others."
@@ -238,14 +231,18 @@ def _map(report: Report, val: Features) -> list[Child]:
 
 def _marked(report: Report) -> list[int]:
     """The classes to colour: all, or of many those that are recognised best and worst."""
-    accuracies = [-1.0 if scores["accuracy"] is None else scores["accuracy"] for scores in report.per_class.values()]
-    ranked = sorted(
-        (label for label, accuracy in enumerate(accuracies) if accuracy >= 0), key=lambda label: -accuracies[label]
-    )
-    return sorted(ranked) if len(ranked) <= FEW else ranked[: MARKED // 2] + ranked[-MARKED // 2 :]
+    if len(report.per_class) <= FEW:
+        return list(range(len(report.per_class)))
+    accuracy = {
+        label: scores["accuracy"]
+        for label, scores in enumerate(report.per_class.values())
+        if scores["accuracy"] is not None
+    }
+    ranked = sorted(accuracy, key=lambda label: -accuracy[label])
+    return list(dict.fromkeys(ranked[: MARKED // 2] + ranked[-MARKED // 2 :]))
 
 
-def _provenance(card: Mapping[str, Any], linear: Report, samples: Samples) -> list[Child]:
+def _provenance(card: Mapping[str, Any], linear: Report, samples: Samples, device: torch.device | None) -> list[Child]:
     training, pretrained_on = card.get("training", {}), card.get("data", {})
     origin = [
         ("method", card.get("method")),
@@ -264,7 +261,7 @@ def _provenance(card: Mapping[str, Any], linear: Report, samples: Samples) -> li
         ("vision_ssl", __version__),
         ("commit", commit_of_package()),
         ("torch", torch.__version__),
-        ("hardware", describe_machine(torch.device("cpu"))),
+        ("hardware", describe_machine(device or torch.device("cpu"))),
     ]
     known = [(name, value) for name, value in origin if value is not None]
     content: list[Child] = [tag("h3", "Pretraining"), facts(known) if known else tag("p", "The weights have no card.")]
