@@ -31,7 +31,7 @@ recipes
 pretrain
 diagnosis monitor
 finetuning
-probe
+probe leakage
 linear_sgd
 features
 plots card

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -26,8 +27,8 @@ from vision_ssl.registry import Weights
 from vision_ssl.storage import load_tensors
 
 COMMANDS = (
-    *("list", "info", "demo", "train", "extract", "probe", "knn", "finetune", "reconstruct", "plot"),
-    *("import", "export"),
+    *("list", "info", "demo", "train", "extract", "probe", "knn", "finetune", "leaks", "reconstruct", "plot"),
+    *("import", "export", "push"),
 )
 TINY_MAE = MAE(
     encoder="vit_tiny",
@@ -221,6 +222,18 @@ def test_finetune(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Capt
     assert report["seed"] == 5
     assert "batch_size=256: expected at most 16" in refused(capsys, "finetune", run, *data)
     assert "classes=3: expected 1 to 2" in refused(capsys, "finetune", run, *data, "--classes", "3")
+
+
+def test_leaks(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, number in (("train", 0), ("train", 1), ("val", 1), ("val", 2)):
+        (tmp_path / split / "c").mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((24, 24), 40 * number + 1).save(tmp_path / split / "c" / f"{number}.png")
+    shutil.copy(tmp_path / "train" / "c" / "1.png", tmp_path / "val" / "c" / "1.png")
+    cli.main(["leaks", "--train", str(tmp_path), "--val", str(tmp_path), "--name", str(run), "--count", "1"])
+    first, twins, _, nearest = capsys.readouterr().out.splitlines()
+    assert first == "1 pairs of equal pixels at 24 px"
+    assert [Path(path).name for path in twins.split()] == ["1.png", "1.png"]
+    assert nearest == f"{twins}  1.0000"
 
 
 def test_reconstruct(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "probe": commands.probe_command,
     "knn": commands.knn_command,
     "finetune": commands.finetune_command,
+    "leaks": commands.leaks_command,
     "reconstruct": commands.reconstruct_command,
     "plot": commands.plot_command,
     "import": commands.import_command,

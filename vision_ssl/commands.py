@@ -152,6 +152,33 @@ def knn_command(
     _show(evaluate(encoder, train=train, val=val, **options), out)
 
 
+def leaks_command(*, train: str, val: str, name: str | None = None, count: int = 20) -> None:
+    """Find images that are in both splits: equal pixels, and with an encoder the most similar pairs.
+
+    Args:
+        train: Images; of a source with several splits, its training split.
+        val: Images; of a source with several splits, its validation split.
+        name: An encoder to find similar pairs by: a model, the directory of a run, a folder of weights, ...
+        count: How many similar pairs.
+    """
+    from .data import open_images
+    from .features import extract
+    from .leakage import exact_twins, near_twins
+    from .restore import load
+
+    encoder = None if name is None else load(name)
+    size = 64 if encoder is None else encoder.preprocess.size
+    twins = exact_twins(open_images(train, size=size), open_images(val, size=size, split="val"))
+    print(f"{len(twins):,} pairs of equal pixels at {size} px")
+    for ours, theirs in twins:
+        print(ours, theirs, sep="  ")
+    if encoder is not None:
+        print("the most similar pairs, with their cosine")
+        near = near_twins(extract(encoder, train), extract(encoder, val, split="val"), count=count)
+        for ours, theirs, cosine in near:
+            print(ours, theirs, f"{cosine:.4f}", sep="  ")
+
+
 def finetune_command(
     name: Name,
     /,

@@ -62,5 +62,5 @@ def join(parts: Path, folder: Path) -> list[Path]:
 
 if __name__ == "__main__":
     command, given, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    for path in {"split": split, "join": join}[command](given, target):
+    for path in split(given, target) if command == "split" else join(given, target):
         print(path)
