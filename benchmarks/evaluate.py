@@ -85,12 +85,7 @@ def splits(arguments: Arguments, size: int) -> tuple[ImageSet, ImageSet]:
     """The training images that take part, and all validation images."""
     train = open_images(arguments.data, size=size, require_labels=True)
     val = open_images(arguments.data, size=size, split="val", require_labels=True)
-    if arguments.per_class is None or train.labels is None:
-        return train, val
-    shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    labels = train.labels[shuffled]
-    chosen = torch.cat([shuffled[labels == label][: arguments.per_class] for label in labels.unique()])
-    return train.select(chosen.sort().values), val
+    return train if arguments.per_class is None else train.per_class(arguments.per_class), val
 
 
 def features(encoder: torch.nn.Module, images: ImageSet, arguments: Arguments) -> Features:
