@@ -79,7 +79,7 @@ def _load_full(
 ) -> SimCLRModel | MAEModel:
     card = hub.read_card(name, **where)
     recipe = _recipe_in(card, name)
-    model = hub.load_model(recipe.build, name, **where) if pretrained else recipe.build()
+    model = hub.load_model(recipe.build, name, pretrained=pretrained, **where)
     model.to(device=None if device is None else pick_device(str(device)), dtype=dtype)
     hub.attach(model, recipe.image_size, recipe.channels, card)
     return cast(SimCLRModel | MAEModel, model.eval())
@@ -110,8 +110,12 @@ def random_encoder(name: str | os.PathLike[str], *, seed: int = 0) -> hub.Encode
         WeightsError: The name is unknown, or its card has no recipe.
     """
     recipe = recipe_of(name)
-    torch.manual_seed(seed)
-    encoder = cast(nn.Module, recipe.build().encoder)
+
+    def build() -> nn.Module:
+        torch.manual_seed(seed)
+        return recipe.build()
+
+    encoder = cast(nn.Module, hub.load_model(build, name, pretrained=False).encoder)
     return hub.attach(encoder, recipe.image_size, recipe.channels, card={}).eval()
 
 
