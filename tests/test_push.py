@@ -182,6 +182,23 @@ def test_who_may_not_push(server: HubServer, client: Client, run: Run) -> None:
     assert message.endswith("the Hub forbids it: the token of HF_TOKEN or `hf auth login` does not open it")
 
 
+def test_without_a_network(server: HubServer, author: Client, run: Run) -> None:
+    author.run(
+        "from huggingface_hub import constants\nkept, constants.ENDPOINT = constants.ENDPOINT, 'http://127.0.0.1:1'"
+    )
+    try:
+        unreachable = refusal(author, PUSH, run=run.directory, repo="me/offline")
+        author.run("constants.HF_HUB_OFFLINE = True")
+        offline = refusal(author, PUSH, run=run.directory, repo="me/offline")
+    finally:
+        author.run("constants.ENDPOINT, constants.HF_HUB_OFFLINE = kept, False")
+    assert unreachable == (
+        "cannot push to me/offline: http://127.0.0.1:1 cannot be reached: check the network, or HF_ENDPOINT"
+    )
+    assert offline == "cannot push to me/offline: HF_HUB_OFFLINE forbids to ask the Hub"
+    assert server.requests == []
+
+
 def test_the_token_is_never_seen(server: HubServer, author: Client, run: Run) -> None:
     author.run(PUSH, run=run.directory, repo="me/discreet")
     assert server.leaks == []
@@ -228,7 +245,12 @@ def test_without_matplotlib_there_is_no_picture(run: Run, monkeypatch: pytest.Mo
         (["somewhere", "me/x", "--zoo", "me"], "push got neither"),
         (["somewhere", "x"], "repo='x' is no name of a repository: expected owner/name"),
         (["somewhere", "../x"], "repo='../x' is no name of a repository"),
-        (["somewhere", "me/x"], "'somewhere' is neither a known model nor a path"),
+        (
+            ["somewhere", "me/x"],
+            "run='somewhere' has no config.json: expected the directory of a run, or a folder of w",
+        ),
+        (["simclr_resnet18", "me/x"], "run='simclr_resnet18' has no config.json"),
+        (["hf:me/y", "me/x"], "run='hf:me/y' has no config.json"),
     ],
     ids=str,
 )
@@ -242,6 +264,9 @@ def test_only_weights_as_they_were_exported(run: Run, tmp_path: Path) -> None:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"something else")
     with pytest.raises(WeightsError, match=r"model\.safetensors is not the file that config\.json lists"):
+        push(tmp_path, "me/run", dry_run=True)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"has no model\.safetensors: expected the directory of a run"):
         push(tmp_path, "me/run", dry_run=True)
 
 

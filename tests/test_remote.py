@@ -95,7 +95,7 @@ def test_without_a_network_the_cache_serves(
     assert server.requests == []
     assert message == (
         "cannot load config.json of me/cached: it is not in the cache, and HF_HUB_OFFLINE or local_files_only forbids "
-        "to download it"
+        "to ask the Hub"
     )
 
 
