@@ -327,7 +327,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"is not a folder of weights: expected config.json and model.safetensors"):
         vision_ssl.load(tmp_path)
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(WeightsError, match=r"notes.txt is not a folder of weights"):
+    with pytest.raises(WeightsError, match=r"notes.txt is not opened: expected a \.safetensors file beside its config"):
         vision_ssl.load(tmp_path / "notes.txt")
 
 
@@ -357,9 +357,13 @@ def test_pickles_are_refused_and_never_executed(copied: Path, name: str) -> None
     assert not (copied / "canary").exists()
 
 
-def test_who_has_a_pickle_learns_how_to_convert_it(copied: Path) -> None:
-    with pytest.raises(WeightsError, match=r"expected a \.safetensors file, such as `vision-ssl import` makes of it$"):
-        vision_ssl.load(copied / "x.pth")
+@pytest.mark.parametrize("name", ["x.pth", "x.pth.tar", "x.torch", "x.safetensors"])
+def test_who_has_another_file_learns_how_to_convert_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(
+        WeightsError, match=rf"{name} is not opened: expected a \.safetensors .*`vision-ssl import` makes"
+    ):
+        vision_ssl.load(tmp_path / name)
 
 
 def test_a_pickle_is_no_substitute_for_safetensors(copied: Path) -> None:
