@@ -339,7 +339,7 @@ def serve() -> Iterator[HubServer]:
 # What the process of a client does: run what it is sent, line by line, and say what came of it. Nothing waits in it:
 # `sleeps` holds how long `huggingface_hub` would have.
 _WORKER = """
-import json, sys, time, traceback
+import json, os, sys, time, traceback
 sleeps = []
 time.sleep = sleeps.append
 names = {"sleeps": sleeps}
@@ -356,6 +356,7 @@ for line in sys.stdin:
         traceback.print_exc()
     sys.stderr.flush()
     print(json.dumps(reply), file=replies, flush=True)
+os._exit(0)  # to take apart what torch has built would take seconds
 """
 
 
