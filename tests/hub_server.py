@@ -21,6 +21,8 @@ from threading import Lock, Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 TOKEN = "hf_secretThatMustNeverBeSeen"
 
 Files = dict[str, bytes]
@@ -397,6 +399,14 @@ class Client:
         if "error" in reply:
             raise ClientError(*reply["error"])
         return reply["result"]
+
+    def refusal(self, code: str, **values: object) -> str:
+        """Execute some lines there that end in an error for the user; return its one line."""
+        with pytest.raises(ClientError) as caught:
+            self.run(code, **values)
+        assert caught.value.kind == "WeightsError"
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
 
     def close(self) -> None:
         """End the process."""

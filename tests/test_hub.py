@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -672,6 +673,26 @@ def test_a_clone_keeps_what_is_too_big_for_the_package(
     monkeypatch.setattr(registry, "CLONED", tmp_path / "no clone")
     with pytest.raises(WeightsError, match=r"^mae_big\.data is too big for the package, and is in clones alone"):
         vision_ssl.load("mae_big")
+
+
+def test_the_package_goes_before_the_clone_and_both_before_the_hub(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, copied, "mae_vit.data")
+    entry = replace(registry.WEIGHTS[0], repo="zoo/mae_vit", revision="0" * 40)
+    monkeypatch.setattr(registry, "WEIGHTS", (entry,))
+    places = {"PACKAGED": tmp_path / "package", "CLONED": tmp_path / "clone"}
+    for variable, place in places.items():
+        shutil.copytree(copied, place / "mae_vit.data")
+        edit(place / "mae_vit.data", lambda config, variable=variable: config["vision_ssl"].update(place=variable))  # type: ignore[misc]  # a lambda has no annotations
+        monkeypatch.setattr(registry, variable, place)
+    for variable, place in places.items():
+        assert vision_ssl.load("mae_vit").card["place"] == variable
+        shutil.rmtree(place)
+    with pytest.raises(
+        WeightsError, match=r"^cannot load config\.json of zoo/mae_vit: it is not in the cache, and HF_HU"
+    ):
+        vision_ssl.load("mae_vit")
 
 
 def test_names_of_published_models() -> None:
