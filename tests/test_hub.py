@@ -395,6 +395,11 @@ def test_damaged_configs(copied: Path, content: bytes) -> None:
         hub.read_card(copied)
 
 
+def test_a_config_of_more_than_a_megabyte_is_not_read_to_its_end(copied: Path) -> None:
+    edit(copied, lambda config: config["vision_ssl"].update(note="x" * (1 << 20)))
+    assert_refused(copied, "is not the description of an encoder: JSONDecodeError: ")
+
+
 @pytest.mark.parametrize("key", ["architecture", "pretrained_cfg"])
 def test_configs_that_lack_something(copied: Path, key: str) -> None:
     edit(copied, lambda config: config.pop(key))

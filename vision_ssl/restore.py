@@ -97,7 +97,10 @@ def recipe_of(name: str | os.PathLike[str]) -> Recipe:
 def _recipe_in(card: dict[str, Any], name: str | os.PathLike[str]) -> Recipe:
     if "recipe" not in card:
         raise WeightsError(f"{str(name)!r} has no recipe in its card: expected weights that this package trained")
-    recipe = recipe_from_dict(card["recipe"])
+    try:
+        recipe = recipe_from_dict(card["recipe"])
+    except RecipeError as error:
+        raise WeightsError(f"{str(name)!r} has a recipe that is none: {str(error)[:200]}") from error
     if isinstance(recipe, MAE) and recipe.decoder_depth > _MOST_BLOCKS:
         raise WeightsError(f"{str(name)!r} has a decoder of {recipe.decoder_depth:.3g} blocks: expected far fewer")
     return recipe
