@@ -976,7 +976,7 @@ def test_the_licence_of_facebookresearch_mae(
         state["pos_embed"] = torch.rand_like(state["pos_embed"])
     result, _ = converted({container: state} if container else state, tmp_path)
     assert result.recognised.startswith("facebookresearch/mae" if published else "timm's ViT")
-    expected = "CC-BY-NC 4.0 where facebookresearch/mae published these weights; otherwise unknown: see its source"
+    expected = "CC-BY-NC-4.0 where facebookresearch/mae published these weights; otherwise unknown: see its source"
     assert result.licence == (expected if published else "unknown: see its source")
 
 
@@ -992,7 +992,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "note": "pooled features are the mean of the normed patch tokens, whatever the original pools",
         "note ": "of the decoder, the file does not tell its 2 attention heads and that it predicts pixels normalised "
         "within their patch: assumed",
-        "licence": "CC-BY-NC 4.0 where facebookresearch/mae published these weights; otherwise unknown: see its source",
+        "licence": "CC-BY-NC-4.0 where facebookresearch/mae published these weights; otherwise unknown: see its source",
         "out": str(weights),
     }
     assert capsys.readouterr().out.splitlines() == [f"{name.strip():>10}  {line}" for name, line in lines.items()]

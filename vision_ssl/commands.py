@@ -195,7 +195,7 @@ def finetune_command(
     """Train an encoder end to end with a new head; print accuracy and macro F1.
 
     Args:
-        name: A model, the directory of a run, or a folder of weights.
+        name: A model, the directory of a run, a folder of weights, or `hf:owner/repo`.
         train: Labelled images to train on; of a source with several splits, its training split.
         val: Labelled images to score on, once; of a source with several splits, its validation split.
         settings: How it is trained.
@@ -295,7 +295,7 @@ def export_command(
     """Write an encoder in the form of another program; ONNX and torch.export are run and compared with it.
 
     Args:
-        name: A model, the directory of a run, or a folder of weights.
+        name: A model, the directory of a run, a folder of weights, or `hf:owner/repo`.
         out: Folder to write to, new or empty.
         format: `transformers` (ViTs: a ViTMAE where there is a decoder, otherwise a ViT), `onnx` (`model.onnx`) or
             `torch.export` (`model.pt2`); the last two take batches of any size.
