@@ -31,7 +31,7 @@ finetuning
 probe
 linear_sgd
 features
-plots
+plots comparison
 report
 simclr mae views
 engine
@@ -146,6 +146,7 @@ def test_public_names() -> None:
         "extract",
         "Features",
         "evaluate",
+        "compare",
         "finetune",
         "Report",
         "open_images",
