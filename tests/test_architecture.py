@@ -29,7 +29,9 @@ recipes
 pretrain
 finetuning
 probe
-linear_sgd
+clustering fewshot linear_sgd retrieval
+neighbours
+pairs
 features
 plots comparison
 report

@@ -23,9 +23,9 @@ from .distributed import process_group, rank, rank_zero_first, wait_for_all, wor
 from .engine import Trainer
 from .errors import CheckpointError, RecipeError
 from .features import extract
+from .neighbours import knn
 from .options import LASTING, changed_fields
 from .plots import read_metrics
-from .probe import knn
 from .storage import save_json
 
 if TYPE_CHECKING:
