@@ -33,6 +33,7 @@ clustering fewshot linear_sgd retrieval
 neighbours
 pairs
 features
+pooling
 plots comparison
 report
 simclr mae views

@@ -129,6 +129,8 @@ def test_extract(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == f"{out}: 16 x 192 features\n"
     assert features.digest == open_images(pictures, size=24, split="val").digest
     assert features.classes == ("bright", "dark")
+    cli.main(["extract", str(run), str(pictures), "-o", str(out), "--pooling", "both", "--layers", "2"])
+    assert capsys.readouterr().out == f"{out}: 16 x 384 features\n"
 
 
 def test_probe(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +147,9 @@ def test_probe(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Capture
         assert capsys.readouterr().out.startswith(f"{protocol}: 100.0 %")
     assert "classes=3: expected 1 to 2" in refused(capsys, "probe", run, *data, "--classes", "3")
     assert "val=None: expected labelled images" in refused(capsys, "probe", run, *data[:2])
+    cli.main(["probe", str(run), *data, "--pooling", "both", "--layers", "2", "-o", str(tmp_path / "both.json")])
+    settings = json.loads((tmp_path / "both.json").read_text())["settings"]
+    assert (settings["pooling"], settings["layers"]) == ("both", 2)
 
 
 def test_probe_of_every_checkpoint(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

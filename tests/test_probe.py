@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -491,6 +492,16 @@ TRAIN, VAL = pair()
         ),
         (TRAIN, TRAIN, "val: holds the same images as train, expected others"),
         (TRAIN, VAL.select([]), "predictions: got 0 for 0 targets"),
+        (
+            replace(TRAIN, encoder="resnet18"),
+            replace(VAL, encoder="resnet34"),
+            "val: encoder of the features is 'resnet34', expected 'resnet18' as in train",
+        ),
+        (
+            replace(TRAIN, preprocess="at 64 px"),
+            replace(VAL, preprocess="at 32 px"),
+            "val: preprocess of the features is 'at 32 px', expected 'at 64 px' as in train",
+        ),
     ],
 )
 def test_features_that_a_probe_refuses(measure: Any, train: Features, val: Features, message: str) -> None:
@@ -559,6 +570,7 @@ def image_set(seed: int, n: int = 60) -> ImageSet:
 
 def test_evaluate_extracts_and_probes(encoder: nn.Module) -> None:
     report = evaluate(encoder, train=image_set(1), val=image_set(2), seed=3)
+    assert not {"pooling", "layers"} & set(report.settings)  # as always
     assert (report.protocol, report.accuracy, report.seed) == ("linear", 100, 3)
     assert (report.train_digest, report.val_digest) == ("1" * 64, "2" * 64)
     near = evaluate(encoder, train=image_set(1), val=image_set(2), protocol="knn", seed=3)
@@ -582,8 +594,10 @@ def test_evaluate_takes_the_split_that_the_argument_says(
         return {"train": TRAIN, "val": VAL}[options["split"]]
 
     monkeypatch.setattr(probe, "extract", fake)
-    evaluate(encoder, train="a", val="b", protocol=protocol, device="cpu", cache_dir="cache")
-    common = {"device": "cpu", "cache_dir": "cache", "require_labels": True}
+    where: Any = {"pooling": "both", "layers": 2, "device": "cpu", "cache_dir": "cache"}
+    report = evaluate(encoder, train="a", val="b", protocol=protocol, **where)
+    assert (report.settings["pooling"], report.settings["layers"]) == ("both", 2)
+    common = {**where, "require_labels": True}
     assert calls == [("a", {"split": "train", **common}), ("b", {"split": "val", **common})]
 
 

@@ -59,6 +59,8 @@ def extract_command(
     *,
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     split: Literal["train", "val"] = "train",
+    pooling: Literal["avg", "token", "both"] = "avg",
+    layers: int = 1,
     batch_size: int = 256,
     device: str = "auto",
 ) -> None:
@@ -69,6 +71,8 @@ def extract_command(
         source: A folder of images, a known layout, or a torchvision name such as `cifar10`.
         out: Where the features go.
         split: Which part of a source that has several.
+        pooling: `avg`, or a ViT's class `token`, or `both`.
+        layers: How many of a ViT's last layers are averaged.
         batch_size: Images at a time.
         device: `auto`, `cpu`, `cuda`, ...
     """
@@ -76,7 +80,8 @@ def extract_command(
     from .features import extract
     from .hub import load
 
-    features = extract(load(name), source, split=split, batch_size=batch_size, device=pick_device(device))
+    tokens: dict[str, Any] = {"pooling": pooling, "layers": layers}
+    features = extract(load(name), source, split=split, batch_size=batch_size, device=pick_device(device), **tokens)
     features.save(out)
     print(f"{out}: {len(features):,} x {features.features.shape[1]} features")
 
@@ -88,6 +93,8 @@ def probe_command(
     train: str | None = None,
     val: str | None = None,
     protocol: Protocol = "linear",
+    pooling: Literal["avg", "token", "both", "choose"] = "avg",
+    layers: int = 1,
     classes: int | None = None,
     every_checkpoint: bool = False,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
@@ -103,6 +110,8 @@ def probe_command(
         protocol: `linear` (logistic regression), `linear-sgd`, `linear-sgd-study-b` (the settings of study B), `knn`
             (20 neighbours), `fewshot-5` (so many labels a class, over 20 draws) and the like, `retrieval`, `cluster`,
             or `resubstitution`, which scores on the images it was fitted on.
+        pooling: `avg`, or a ViT's class `token`, or `both`; `choose` finds the best on held-out training images.
+        layers: How many of a ViT's last layers are averaged.
         classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
         every_checkpoint: Measure each encoder that the run NAME kept (`train --keep-epochs`), into `probe_curve.csv`.
         out: Also write the report there, as JSON; of every checkpoint, the table and its picture.
@@ -112,7 +121,7 @@ def probe_command(
     from .device import pick_device
 
     options: dict[str, Any] = {"train": train, "val": val, "protocol": protocol, "classes": classes, "seed": seed}
-    options["device"] = pick_device(device)
+    options |= {"pooling": pooling, "layers": layers, "device": pick_device(device)}
     if every_checkpoint:
         from .curve import probe_curve
 

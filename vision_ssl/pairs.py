@@ -32,6 +32,10 @@ def check_pair(train: Features | ImageSet, val: Features | ImageSet) -> Tensor:
         label, (ours, theirs) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
         raise DataError(f"val: class {label} is {ours!r}, expected {theirs!r} as in train")
     if isinstance(train, Features) and isinstance(val, Features):
+        for fact in ("encoder", "preprocess"):
+            found, wanted = getattr(val, fact), getattr(train, fact)
+            if found != wanted and found and wanted:
+                raise DataError(f"val: {fact} of the features is {found!r}, expected {wanted!r} as in train")
         width, expected = val.features.shape[1], train.features.shape[1]
         if width != expected:
             raise DataError(f"val: features have width {width}, expected {expected} as in train")

@@ -6,7 +6,9 @@ fitted on: it shows how well a classifier memorises, not how good the features a
 
 import os
 import warnings
-from typing import Any, cast, get_args
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,14 @@ from torch import Tensor, nn
 from .clustering import cluster
 from .data import Source, Split
 from .errors import DataError, RecipeError
-from .features import Features, extract
+from .features import Features, extract, extract_with
 from .fewshot import SHOTS, fewshot
 from .linear_sgd import STUDY_B, SWEEP, SGDProbe, sgd_classifier
 from .logistic import Classifier, choose_l2, logistic_regression
 from .neighbours import Metric, knn
 from .options import Protocol
 from .pairs import check_fit, check_pair, in_top, report
+from .pooling import DEPTHS, Choice, Pooling, candidates, check_pooling, choose_pooling
 from .report import RESUBSTITUTION, Report
 from .retrieval import retrieval
 
@@ -124,6 +127,8 @@ def evaluate(
     k: int = 20,
     temperature: float | None = 0.07,
     metric: Metric = "cosine",
+    pooling: Pooling | Literal["choose"] = "avg",
+    layers: int = 1,
     classes: int | None = None,
     device: str | torch.device | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -142,6 +147,10 @@ def evaluate(
         k: Neighbours that vote in "knn".
         temperature: Of their votes; see `knn`.
         metric: By which they are near; see `knn`.
+        pooling: How a ViT's tokens become features, as in `extract`. "choose" tries all ways, of the last layer and of
+            the last four, by a linear classifier on a held-out fifth of the training images; the report's settings
+            say what was chosen.
+        layers: How many of a ViT's last layers are averaged.
         classes: Only the first so many classes by name take part; by default all.
         device: Where the encoder and SGD compute; by default where the encoder is, and on the CPU.
         cache_dir: Where the decoded images are kept.
@@ -149,33 +158,46 @@ def evaluate(
 
     Raises:
         DataError: A source is missing, cannot be read or has no labels, or the two do not fit together.
-        RecipeError: There is no such protocol.
+        RecipeError: There is no such protocol, or the encoder cannot be pooled so.
     """
+    if protocol not in get_args(Protocol):
+        raise RecipeError(f"protocol={protocol!r}: expected one of {', '.join(get_args(Protocol))}")
     given: dict[Split, Source | Features | None] = {"train": train, "val": val}
+    where: dict[str, Any] = {"classes": classes, "device": device, "cache_dir": cache_dir}
+    facts: dict[str, Any] = {}
+    if pooling == "choose":
+        if train is None or val is None or isinstance(train, Features) or isinstance(val, Features):
+            raise DataError("pooling='choose': expected images as train and as val, since it is chosen on train alone")
+        given["train"], choice = _choose_pooling(encoder, train, seed=seed, **where)
+        pooling, layers, facts = choice.pooling, choice.layers, {"pooling_losses": choice.losses}
+    where |= {"pooling": pooling, "layers": layers}
+    if facts or (pooling, layers) != ("avg", 1):
+        facts |= {"pooling": pooling, "layers": layers}
 
     def features(split: Split) -> Features:
         source = given[split]
         if source is None:
             raise DataError(f"{split}=None: expected labelled images, for the protocol {protocol!r}")
-        return labelled_features(encoder, source, split, classes=classes, device=device, cache_dir=cache_dir)
+        return labelled_features(encoder, source, split, **where)
 
-    if protocol not in get_args(Protocol):
-        raise RecipeError(f"protocol={protocol!r}: expected one of {', '.join(get_args(Protocol))}")
     if protocol in ("cluster", RESUBSTITUTION):
         measure = cluster if protocol == "cluster" else resubstitution
-        return measure(features("train" if val is None else "val"), seed=seed)
-    if protocol in ("knn", "retrieval"):
+        found = measure(features("train" if val is None else "val"), seed=seed)
+    elif protocol in ("knn", "retrieval"):
         splits: list[Split] = [split for split, source in given.items() if source is not None] or ["val"]
         parts = [features(split) for split in splits]
         if protocol == "retrieval":
-            return retrieval(*parts, seed=seed)
-        return knn(*parts, k=k, temperature=temperature, metric=metric, seed=seed)
-    fit, scored = features("train"), features("val")
-    if protocol in SGD_PROBES:
-        return linear_sgd(fit, scored, probe=SGD_PROBES[protocol], device=device, seed=seed)
-    if protocol in SHOTS:
-        return fewshot(fit, scored, protocol=protocol, seed=seed)
-    return linear(fit, scored, seed=seed)
+            found = retrieval(*parts, seed=seed)
+        else:
+            found = knn(*parts, k=k, temperature=temperature, metric=metric, seed=seed)
+    elif protocol in SGD_PROBES:
+        probe = SGD_PROBES[protocol]
+        found = linear_sgd(features("train"), features("val"), probe=probe, device=device, seed=seed)
+    elif protocol in SHOTS:
+        found = fewshot(features("train"), features("val"), protocol=protocol, seed=seed)
+    else:
+        found = linear(features("train"), features("val"), seed=seed)
+    return replace(found, settings={**found.settings, **facts})
 
 
 def labelled_features(
@@ -184,14 +206,43 @@ def labelled_features(
     split: Split,
     *,
     classes: int | None = None,
-    device: str | torch.device | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> Features:
-    """Features with labels, of a source or as they are, of all classes or the first so many; see `evaluate`."""
-    found = source
-    if not isinstance(found, Features):
-        found = extract(encoder, found, split=split, device=device, cache_dir=cache_dir, require_labels=True)
+    """Features with labels, of a source or as they are, of all classes or the first so many.
+
+    Args:
+        encoder: As in `extract`.
+        source: Images, or their features.
+        split: Which split of the source, where it has several.
+        classes: Only the first so many classes by name.
+        **options: Of `extract`.
+    """
+    found = (
+        source
+        if isinstance(source, Features)
+        else extract(encoder, source, split=split, require_labels=True, **options)
+    )
     return found if classes is None else found.first_classes(classes)
+
+
+def _choose_pooling(
+    encoder: nn.Module,
+    train: "Source",
+    *,
+    classes: int | None,
+    device: str | torch.device | None,
+    cache_dir: str | os.PathLike[str] | None,
+    seed: int,
+) -> tuple[Features, Choice]:
+    """Features of the training images, pooled as is best on a held-out part of them, by one pass of the encoder."""
+    check_pooling(encoder, "both", max(DEPTHS))
+    forward = partial(candidates, encoder)
+    every = extract_with(
+        encoder, forward, train, split="train", device=device, cache_dir=cache_dir, require_labels=True
+    )
+    part = every if classes is None else every.first_classes(classes)
+    choice = choose_pooling(part.features, check_fit(part, "train"), len(part.classes), seed)
+    return every.pooled(choice.pooling, choice.layers, choice.columns), choice
 
 
 def _linear_report(
