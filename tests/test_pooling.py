@@ -61,14 +61,14 @@ def test_one_pass_makes_all_that_can_be_chosen() -> None:
 @pytest.mark.parametrize("where", range(4))  # with noise in the other three
 def test_the_choice_has_the_lowest_loss_on_held_out_images(where: int) -> None:
     """The only informative quarter is found: token or mean of the patches, of the last layer or of the last four."""
-    labels = torch.arange(300) % 3
-    features = torch.randn(300, 4 * 6, generator=torch.Generator().manual_seed(where))
-    features[torch.arange(300), 6 * where + labels] += 2
+    labels = torch.arange(150) % 3
+    features = torch.randn(150, 4 * 40, generator=torch.Generator().manual_seed(where))
+    features[torch.arange(150), 40 * where + labels] += 2
     choice = choose_pooling(features, labels, 3, seed=2)
     assert (choice.pooling, choice.layers) == [("token", 1), ("avg", 1), ("token", 4), ("avg", 4)][where]
-    assert choice.columns == slice(6 * where, 6 * where + 6)
+    assert choice.columns == slice(40 * where, 40 * where + 40)
     assert list(choice.losses) == ["avg of 1", "token of 1", "both of 1", "avg of 4", "token of 4", "both of 4"]
-    for name, columns in (("avg of 1", slice(6, 12)), ("both of 4", slice(12, 24))):
+    for name, columns in (("avg of 1", slice(40, 80)), ("both of 4", slice(80, 160))):
         assert choice.losses[name] == choose_l2(features[:, columns], labels, 3, seed=2)["selection_loss"]
 
 
