@@ -29,7 +29,7 @@ recipes
 pretrain
 finetuning
 probe
-clustering fewshot linear_sgd retrieval
+attentive clustering fewshot linear_sgd retrieval
 neighbours
 pairs
 features

@@ -612,7 +612,7 @@ def measured(protocol: Any, **sources: Any) -> str:
     return evaluate(nn.Identity(), protocol=protocol, **sources).protocol
 
 
-@pytest.mark.parametrize("protocol", sorted({*get_args(Protocol)} - {"knn", "resubstitution"}))
+@pytest.mark.parametrize("protocol", sorted({*get_args(Protocol)} - {"attentive", "knn", "resubstitution"}))
 def test_a_protocol_is_named_in_its_report(protocol: str) -> None:
     train, val = pair(n=60)
     assert measured(protocol, train=train, val=val) == protocol
@@ -654,7 +654,7 @@ def test_evaluate_on_the_first_classes(encoder: nn.Module, protocol: Any) -> Non
 
 
 def test_evaluate_refuses_what_it_cannot_measure(encoder: nn.Module) -> None:
-    known = "linear, linear-sgd, linear-sgd-study-b, knn, fewshot-1, .*, retrieval, cluster, resubstitution"
+    known = "linear, linear-sgd, linear-sgd-study-b, attentive, knn, fewshot-1, .*, retrieval, cluster, resubstitution"
     with pytest.raises(RecipeError, match=f"protocol='svm': expected one of {known}"):
         evaluate(encoder, train="a", val="b", protocol=cast(Any, "svm"))
     images = image_set(1)

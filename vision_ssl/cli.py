@@ -107,9 +107,10 @@ def probe_command(
         name: A model, the directory of a run, or a folder of weights.
         train: Labelled images to fit on; of a source with several splits, its training split.
         val: Labelled images to score on; of a source with several splits, its validation split.
-        protocol: `linear` (logistic regression), `linear-sgd`, `linear-sgd-study-b` (the settings of study B), `knn`
-            (20 neighbours), `fewshot-5` (so many labels a class, over 20 draws) and the like, `retrieval`, `cluster`,
-            or `resubstitution`, which scores on the images it was fitted on.
+        protocol: `linear` (logistic regression), `linear-sgd`, `linear-sgd-study-b` (the settings of study B),
+            `attentive` (learned attention to the tokens), `knn` (20 neighbours), `fewshot-5` (so many labels a class,
+            over 20 draws) and the like, `retrieval`, `cluster`, or `resubstitution`, which scores on the images it was
+            fitted on.
         pooling: `avg`, or a ViT's class `token`, or `both`; `choose` finds the best on held-out training images.
         layers: How many of a ViT's last layers are averaged.
         classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.

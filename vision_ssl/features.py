@@ -188,7 +188,7 @@ def extract_with(
         raise DataError(f"batch_size={batch_size}: expected at least 1")
     images, preprocess = images_for(encoder, source, split=split, cache_dir=cache_dir, require_labels=require_labels)
     features, done = torch.empty(0), 0
-    with _evaluating(encoder, device) as where, tqdm(total=len(images), **_bar(images)) as bar:
+    with evaluating(encoder, device) as where, tqdm(total=len(images), **_bar(images)) as bar:
         for pixels in images.pixels.split(batch_size):
             with torch.inference_mode():
                 output = forward(preprocess.normalise(pixels.to(where)))
@@ -264,7 +264,7 @@ def _features(features: Tensor, images: ImageSet, encoder: str, preprocess: str 
 
 
 @contextlib.contextmanager
-def _evaluating(encoder: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
+def evaluating(encoder: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
     """Put the encoder into eval mode on a device, and afterwards each module back into its mode and place."""
     home = next(itertools.chain(encoder.parameters(), encoder.buffers()), torch.empty(0)).device
     modes = {module: module.training for module in encoder.modules()}

@@ -18,6 +18,7 @@ Protocol = Literal[
     "linear",
     "linear-sgd",
     "linear-sgd-study-b",
+    "attentive",
     "knn",
     "fewshot-1",
     "fewshot-5",

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from .attentive import attentive
 from .clustering import cluster
 from .data import Source, Split
 from .errors import DataError, RecipeError
@@ -140,10 +141,11 @@ def evaluate(
         encoder: A frozen encoder, as `extract` takes it.
         train: Labelled images to fit on (of a source with several splits, "train"), or their features.
         val: Labelled images to score on (of a source with several splits, "val"), or their features.
-        protocol: "linear"; "linear-sgd" or "linear-sgd-study-b", which train it by SGD; "fewshot-5" and its like, on
-            few labels; "knn" or "retrieval", which with one of the two alone leave one image out at a time;
-            "cluster", which uses no labels to fit; or "resubstitution", which fits and scores on the same images. The
-            last two never open `train` where there is a `val`.
+        protocol: "linear"; "linear-sgd" or "linear-sgd-study-b", which train it by SGD; "attentive", which pools a
+            ViT's tokens by learned attention and needs images; "fewshot-5" and its like, on few labels; "knn" or
+            "retrieval", which with one of the two alone leave one image out at a time; "cluster", which uses no
+            labels to fit; or "resubstitution", which fits and scores on the same images. The last two never open
+            `train` where there is a `val`.
         k: Neighbours that vote in "knn".
         temperature: Of their votes; see `knn`.
         metric: By which they are near; see `knn`.
@@ -190,6 +192,10 @@ def evaluate(
             found = retrieval(*parts, seed=seed)
         else:
             found = knn(*parts, k=k, temperature=temperature, metric=metric, seed=seed)
+    elif protocol == "attentive":
+        if train is None or val is None or isinstance(train, Features) or isinstance(val, Features) or facts:
+            raise DataError("protocol='attentive': expected images as train and as val, and pooling='avg'")
+        found = attentive(encoder, train=train, val=val, classes=classes, device=device, cache_dir=cache_dir, seed=seed)
     elif protocol in SGD_PROBES:
         probe = SGD_PROBES[protocol]
         found = linear_sgd(features("train"), features("val"), probe=probe, device=device, seed=seed)
