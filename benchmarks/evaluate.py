@@ -18,8 +18,9 @@ from vision_ssl import Features, extract, load, open_images
 from vision_ssl.data import ImageSet
 from vision_ssl.device import native_bf16, pick_device
 from vision_ssl.features import pixel_features
+from vision_ssl.neighbours import knn
 from vision_ssl.pretrain import commit_of_package, describe_machine
-from vision_ssl.probe import knn, linear
+from vision_ssl.probe import linear
 from vision_ssl.report import Report, paired_bootstrap, table
 from vision_ssl.restore import random_encoder
 from vision_ssl.storage import save_json

@@ -21,8 +21,9 @@ from vision_ssl.device import native_bf16, pick_device
 from vision_ssl.features import images_for
 from vision_ssl.hub import Encoder
 from vision_ssl.linear_sgd import STUDY_B
+from vision_ssl.neighbours import knn
 from vision_ssl.pretrain import commit_of_package, describe_machine
-from vision_ssl.probe import knn, linear, linear_sgd, resubstitution
+from vision_ssl.probe import linear, linear_sgd, resubstitution
 from vision_ssl.storage import save_json
 
 SPLITS: tuple[Split, ...] = ("train", "val")

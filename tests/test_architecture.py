@@ -32,9 +32,12 @@ pretrain
 diagnosis monitor
 finetuning
 probe leakage
-linear_sgd
+attentive clustering fewshot linear_sgd retrieval
+neighbours
+pairs
 features
-plots card
+pooling
+plots card comparison
 report
 simclr mae views
 engine
@@ -159,6 +162,7 @@ def test_public_names() -> None:
         "extract",
         "Features",
         "evaluate",
+        "compare",
         "finetune",
         "Report",
         "open_images",

@@ -12,7 +12,8 @@ from PIL import Image
 from vision_ssl import extract, finetune, hub, load
 from vision_ssl.encoders import resolve_encoder
 from vision_ssl.linear_sgd import STUDY_B
-from vision_ssl.probe import knn, linear, linear_sgd, resubstitution
+from vision_ssl.neighbours import knn
+from vision_ssl.probe import linear, linear_sgd, resubstitution
 from vision_ssl.report import Report
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
