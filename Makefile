@@ -2,7 +2,7 @@
 # pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 
-.PHONY: demo test check bench
+.PHONY: demo test check look bench
 .NOTPARALLEL: # the commands share one environment
 
 demo: .venv/plot.stamp
@@ -15,6 +15,10 @@ check: .venv/dev.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+look: .venv/plot.stamp
+	.venv/bin/vision-ssl report mae_vit_small --data fashion-mnist-mini -o docs/report.html
+	chromium --headless --hide-scrollbars --window-size=1000,1340 --screenshot=docs/report.png docs/report.html
 
 bench: .venv/bench.stamp
 	for group in augment photographs pipeline loss step extract probe decode startup scale; do \

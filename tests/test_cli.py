@@ -28,7 +28,7 @@ from vision_ssl.storage import load_tensors
 
 COMMANDS = (
     *("list", "info", "demo", "train", "extract", "probe", "knn", "finetune", "leaks", "reconstruct", "plot"),
-    *("import", "export", "push"),
+    *("report", "compare", "track", "import", "export", "push"),
 )
 TINY_MAE = MAE(
     encoder="vit_tiny",

@@ -12,6 +12,7 @@ import tyro
 from . import commands
 from .commands import SourcePath
 from .errors import RecipeError, VisionSSLError
+from .extra import commands as extra
 from .options import RunOptions
 from .presets import PRESETS
 from .recipes import MAE, METHODS, Recipe, SimCLR
@@ -27,9 +28,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "leaks": commands.leaks_command,
     "reconstruct": commands.reconstruct_command,
     "plot": commands.plot_command,
-    "import": commands.import_command,
-    "export": commands.export_command,
-    "push": commands.push_command,
+    "report": extra.report_command,
+    "compare": extra.compare_command,
+    "track": extra.track_command,
+    "import": extra.import_command,
+    "export": extra.export_command,
+    "push": extra.push_command,
 }
 
 

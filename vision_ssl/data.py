@@ -84,7 +84,7 @@ class ImageSet:
         return replace(self.select(index), labels=labels, classes=classes)
 
     def per_class(self, count: int, *, seed: int = 0) -> "ImageSet":
-        """Return a copy of at most `count` images of each class, drawn at random, in their order.
+        """Return at most `count` images of each class, drawn at random, in their order; itself if that is all.
 
         Raises:
             DataError: There are no labels.
@@ -94,7 +94,7 @@ class ImageSet:
         shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         labels = self.labels[shuffled]
         chosen = torch.cat([shuffled[labels == label][:count] for label in labels.unique()])
-        return self.select(chosen.sort().values)
+        return self if len(chosen) == len(self) else self.select(chosen.sort().values)
 
 
 def first_classes(labels: Tensor | None, classes: Sequence[str], count: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
