@@ -565,6 +565,19 @@ def test_predictions_equal_those_of_facebookresearch_mae(tmp_path: Path, rows_fi
     assert_same_predictions(tmp_path / "weights", expected, keep, mask, 1e-6)
 
 
+@torch.no_grad()
+def test_predictions_equal_those_of_lightly(tmp_path: Path) -> None:
+    state = mae_state(decoder=True)
+    names = {name: "decoder." if name.startswith(("decoder_", "mask_token")) else "backbone.vit." for name in state}
+    renamed = {f"{prefix}{name}": state[name] for name, prefix in names.items()}
+    result, _ = converted({"state_dict": renamed | {"backbone.mask_token": torch.zeros(1, 1, WIDTH)}}, tmp_path)
+    assert result.recognised == "timm's ViT, below 'state_dict.backbone.vit.'"
+    assert result.left_out == ("state_dict.backbone.mask_token (1 tensor)",)
+    keep, mask = random_mask(torch.rand(len(IMAGES), GRID**2, generator=torch.Generator().manual_seed(1)), 0.75)
+    expected = mae_pixels(mae_tokens(IMAGES, state, keep), keep, state)
+    assert_same_predictions(tmp_path / "weights", expected, keep, mask, 1e-6)
+
+
 @pytest.mark.parametrize("rename", [str, published_transformers_name], ids=["transformers 5", "transformers 4"])
 @torch.no_grad()
 def test_predictions_equal_those_of_transformers(tmp_path: Path, rename: Callable[[str], str]) -> None:
