@@ -120,3 +120,8 @@ def test_what_is_refused() -> None:
         evaluate(resnet, train=source, val=images(2), pooling="choose")
     with pytest.raises(DataError, match="pooling='choose': expected images as train and as val"):
         evaluate(vit, train=source, protocol="knn", pooling="choose")
+    features = extract(vit, source)
+    with pytest.raises(DataError, match=r"train: features, which are pooled already: .* for pooling='choose'"):
+        evaluate(vit, train=features, val=images(2), pooling="choose")
+    with pytest.raises(DataError, match=r"val: features, which are pooled already: .* for pooling='token'"):
+        evaluate(vit, train=images(2), val=features, pooling="token")

@@ -152,7 +152,7 @@ def evaluate(
         pooling: How a ViT's tokens become features, as in `extract`. "choose" tries all ways, of the last layer and of
             the last four, by a linear classifier on a held-out fifth of the training images; the report's settings
             say what was chosen.
-        layers: How many of a ViT's last layers are averaged.
+        layers: How many of a ViT's last layers are averaged, unless that is chosen too.
         classes: Only the first so many classes by name take part; by default all.
         device: Where the encoder and SGD compute; by default where the encoder is, and on the CPU.
         cache_dir: Where the decoded images are kept.
@@ -167,8 +167,11 @@ def evaluate(
     given: dict[Split, Source | Features | None] = {"train": train, "val": val}
     where: dict[str, Any] = {"classes": classes, "device": device, "cache_dir": cache_dir}
     facts: dict[str, Any] = {}
+    pooled = [split for split, source in given.items() if isinstance(source, Features)]
+    if pooled and (pooling, layers) != ("avg", 1):
+        raise DataError(f"{pooled[0]}: features, which are pooled already: expected images for pooling={pooling!r}")
     if pooling == "choose":
-        if train is None or val is None or isinstance(train, Features) or isinstance(val, Features):
+        if train is None or val is None or isinstance(train, Features):  # the last for mypy alone
             raise DataError("pooling='choose': expected images as train and as val, since it is chosen on train alone")
         given["train"], choice = _choose_pooling(encoder, train, seed=seed, **where)
         pooling, layers, facts = choice.pooling, choice.layers, {"pooling_losses": choice.losses}
