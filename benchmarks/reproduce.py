@@ -16,14 +16,17 @@ import torch
 import tyro
 
 from vision_ssl import Features, Report, extract, finetune, list_models, load
+from vision_ssl.clustering import cluster
 from vision_ssl.data import Split
 from vision_ssl.device import native_bf16, pick_device
 from vision_ssl.features import images_for
+from vision_ssl.fewshot import fewshot
 from vision_ssl.hub import Encoder
 from vision_ssl.linear_sgd import STUDY_B
 from vision_ssl.neighbours import knn
 from vision_ssl.pretrain import commit_of_package, describe_machine
 from vision_ssl.probe import linear, linear_sgd, resubstitution
+from vision_ssl.retrieval import retrieval
 from vision_ssl.storage import save_json
 
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -122,6 +125,9 @@ def further_reports(train: Features, val: Features, seeds: int, device: torch.de
             [knn(train, val, k=5)],
             [knn(train, val, k=10, temperature=None)],
             [knn(train, val, k=5, temperature=None, metric="euclidean")],
+            [fewshot(train, val, protocol="fewshot-5")],
+            [retrieval(train, val)],
+            [cluster(val)],
             [resubstitution(val)],
         ]
 
@@ -142,6 +148,7 @@ def entry(reports: list[Report]) -> dict[str, Any]:
         "interval": [round(end, 2) for end in first.interval],
         "macro_f1": [round(report.macro_f1, 4) for report in reports],
         "train_accuracy": [round(report.train_accuracy, 2) for report in reports if report.train_accuracy is not None],
+        "further": {name: [round(report.scores[name], 4) for report in reports] for name in first.scores},
         "n_train": first.n_train,
         "n_val": first.n_val,
         "seeds": [report.seed for report in reports],
