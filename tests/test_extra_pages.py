@@ -21,7 +21,9 @@ from vision_ssl.data import ImageSet, open_images
 from vision_ssl.encoders import resolve_encoder
 from vision_ssl.errors import DataError, RecipeError
 from vision_ssl.extra import gallery
-from vision_ssl.extra.compare_page import HEADINGS, PAIR_HEADINGS, write_comparison
+from vision_ssl.extra.charts import Line, line_chart
+from vision_ssl.extra.compare_page import HEADINGS, PAIR_HEADINGS, Compared, write_comparison
+from vision_ssl.extra.history import probe_chart
 from vision_ssl.extra.measured import Samples, open_samples
 from vision_ssl.extra.report_page import Scores, write_report
 from vision_ssl.features import Features, extract
@@ -367,10 +369,29 @@ def test_comparison(compared: tuple[Path, str], run: Path, foreign: Path, images
         assert f"| {' | '.join(row)} |" in markdown.split("\n")
 
 
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [({"minutes": 81.8, "epochs": 4.0}, "20.4 min"), ({"minutes": 1.0, "epochs": 2}, "30 s"), ({}, "-")],
+)
+def test_time_an_epoch(training: dict[str, float], expected: str, reported: tuple[Path, Scores]) -> None:
+    card = {"training": training}
+    assert Compared("a", "resnet18", 11_200_000, card, reported[1]["pretrained"][0]).row[2:4] == ("11.2 M", expected)
+
+
+def test_curve_of_probes(run: Path) -> None:
+    epochs = np.array([1.0, 2.0])
+    lines = [
+        Line("training", epochs, np.array([70.0, 80.0]), 0),
+        Line("validation", epochs, np.array([60.0, 65.0]), 1),
+    ]
+    labels = {"x_label": "epoch", "y_label": "accuracy (%)"}
+    assert probe_chart(str(run)) == line_chart("accuracy of a probe", lines, **labels, from_zero=True)
+
+
 def test_comparison_of_training_losses(foreign: Path, run: Path, images: Path, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "other")
     (other / "probe_curve.csv").unlink()
-    write_comparison([str(run), str(other)], images, tmp_path / "page.html")
+    write_comparison([str(run), str(other)], images, tmp_path / "page.html", per_class=2)
     labels = [
         str(attributes.get("aria-label"))
         for tag, attributes in Page((tmp_path / "page.html").read_text()).elements
