@@ -17,10 +17,10 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import Tensor
 
 from benchmarks.timing import Comparison, record
-from vision_ssl import probe
+from vision_ssl import neighbours
 from vision_ssl.features import Features
 from vision_ssl.logistic import logistic_regression
-from vision_ssl.probe import knn
+from vision_ssl.neighbours import knn
 
 TRAIN, QUERIES, DIM, CLASSES = 20_000, 5_000, 384, 100
 K = 20
@@ -75,18 +75,18 @@ def knn_row(train: Features, labels: Tensor, val: Features) -> Comparison:
     flat = faiss.IndexFlatIP(DIM)
     flat.add(index)
     x, y, q = train.features.numpy(), labels.numpy(), val.features.numpy()
-    neighbours = NearestNeighbors(n_neighbors=K, metric="cosine", algorithm="brute").fit(x)
+    peer = NearestNeighbors(n_neighbors=K, metric="cosine", algorithm="brute").fit(x)
     classifier = KNeighborsClassifier(K, metric="cosine", algorithm="brute").fit(x, y)
 
     found = {
         "vision_ssl": np.concatenate(
             [
-                probe._nearest(part @ torch.from_numpy(index).T, K).numpy()
+                neighbours._nearest(part @ torch.from_numpy(index).T, K).numpy()
                 for part in torch.from_numpy(queries).split(500)
             ]
         ),
         "faiss": flat.search(queries, K)[1],
-        "scikit-learn": neighbours.kneighbors(q, return_distance=False),
+        "scikit-learn": peer.kneighbors(q, return_distance=False),
     }
     exact = queries[:500].astype(float) @ index.T.astype(float)
     last = np.sort(exact, axis=1)[:, -K]
@@ -100,7 +100,7 @@ def knn_row(train: Features, labels: Tensor, val: Features) -> Comparison:
         lambda: knn(train, val, k=K, temperature=None),
         {
             "faiss IndexFlatIP": lambda: flat.search(queries, K),
-            "scikit-learn NearestNeighbors": lambda: neighbours.kneighbors(q),
+            "scikit-learn NearestNeighbors": lambda: peer.kneighbors(q),
             "scikit-learn KNeighborsClassifier": lambda: classifier.predict(q),
         },
         {"faiss IndexFlatIP": 0.8, "scikit-learn NearestNeighbors": 8, "scikit-learn KNeighborsClassifier": 8},

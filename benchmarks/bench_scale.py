@@ -25,7 +25,7 @@ import vision_ssl
 from benchmarks.timing import write
 from vision_ssl.data import Preprocess, channel_statistics
 from vision_ssl.features import Features, extract
-from vision_ssl.probe import knn
+from vision_ssl.neighbours import knn
 
 SIZES = (1_000, 10_000, 100_000)
 STAGES = ("cache", "extract", "knn")

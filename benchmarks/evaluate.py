@@ -18,8 +18,9 @@ from vision_ssl import Features, extract, load, open_images
 from vision_ssl.data import ImageSet
 from vision_ssl.device import native_bf16, pick_device
 from vision_ssl.features import pixel_features
+from vision_ssl.neighbours import knn
 from vision_ssl.pretrain import commit_of_package, describe_machine
-from vision_ssl.probe import knn, linear
+from vision_ssl.probe import linear
 from vision_ssl.report import Report, paired_bootstrap, table
 from vision_ssl.restore import random_encoder
 from vision_ssl.storage import save_json
@@ -85,12 +86,7 @@ def splits(arguments: Arguments, size: int) -> tuple[ImageSet, ImageSet]:
     """The training images that take part, and all validation images."""
     train = open_images(arguments.data, size=size, require_labels=True)
     val = open_images(arguments.data, size=size, split="val", require_labels=True)
-    if arguments.per_class is None or train.labels is None:
-        return train, val
-    shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    labels = train.labels[shuffled]
-    chosen = torch.cat([shuffled[labels == label][: arguments.per_class] for label in labels.unique()])
-    return train.select(chosen.sort().values), val
+    return train if arguments.per_class is None else train.per_class(arguments.per_class), val
 
 
 def features(encoder: torch.nn.Module, images: ImageSet, arguments: Arguments) -> Features:

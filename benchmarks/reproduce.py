@@ -16,13 +16,20 @@ import torch
 import tyro
 
 from vision_ssl import Features, Report, extract, finetune, list_models, load
+from vision_ssl.clustering import cluster
+from vision_ssl.data import Split
 from vision_ssl.device import native_bf16, pick_device
+from vision_ssl.features import images_for
+from vision_ssl.fewshot import fewshot
 from vision_ssl.hub import Encoder
 from vision_ssl.linear_sgd import STUDY_B
+from vision_ssl.neighbours import knn
 from vision_ssl.pretrain import commit_of_package, describe_machine
-from vision_ssl.probe import knn, linear, linear_sgd, resubstitution
+from vision_ssl.probe import linear, linear_sgd, resubstitution
+from vision_ssl.retrieval import retrieval
 from vision_ssl.storage import save_json
 
+SPLITS: tuple[Split, ...] = ("train", "val")
 RESULTS = Path(__file__).parent / "results" / "reproduce"
 
 
@@ -37,6 +44,7 @@ class Arguments:
         transfer: Further labelled sources, for a linear probe and kNN.
         seeds: How often what depends on a seed is measured; fine-tuning is once.
         finetune: Epochs to fine-tune each model for, on all classes of `data`; 0 for none.
+        per_class: Training images of each class to fit on, drawn at random; by default all.
         subset: Of more classes than that, measure the first so many by name too.
         device: Where the encoders and SGD compute.
         out: Folder for the JSON.
@@ -46,6 +54,7 @@ class Arguments:
     models: tuple[str, ...] = ()
     transfer: tuple[str, ...] = ()
     seeds: int = 3
+    per_class: int | None = None
     finetune: int = 0
     subset: int = 100
     device: str = "auto"
@@ -71,7 +80,7 @@ def main(arguments: Arguments) -> None:
 def measure(name: str, encoder: Encoder, source: str, arguments: Arguments) -> dict[str, Any]:
     """Everything about one model on one source."""
     device = pick_device(arguments.device)
-    train, val = features(encoder, source, device)
+    train, val = features(encoder, source, device, arguments.per_class)
     chosen = [len(train.classes)]
     if source == arguments.data and len(train.classes) > arguments.subset:
         chosen.append(arguments.subset)
@@ -93,11 +102,13 @@ def measure(name: str, encoder: Encoder, source: str, arguments: Arguments) -> d
     }
 
 
-def features(encoder: Encoder, source: str, device: torch.device) -> tuple[Features, Features]:
+def features(encoder: Encoder, source: str, device: torch.device, per_class: int | None) -> tuple[Features, Features]:
     """Features of both splits, in bfloat16 arithmetic where the device has it."""
+    train, val = (images_for(encoder, source, split=split, cache_dir=None, require_labels=True)[0] for split in SPLITS)
+    if per_class is not None:
+        train = train.per_class(per_class)
     with torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
-        train = extract(encoder, source, device=device, require_labels=True)
-        return train, extract(encoder, source, split="val", device=device, require_labels=True)
+        return extract(encoder, train, device=device), extract(encoder, val, device=device)
 
 
 def transfer_reports(train: Features, val: Features, seeds: int) -> list[list[Report]]:
@@ -114,6 +125,9 @@ def further_reports(train: Features, val: Features, seeds: int, device: torch.de
             [knn(train, val, k=5)],
             [knn(train, val, k=10, temperature=None)],
             [knn(train, val, k=5, temperature=None, metric="euclidean")],
+            [fewshot(train, val, protocol="fewshot-5")],
+            [retrieval(train, val)],
+            [cluster(val)],
             [resubstitution(val)],
         ]
 
@@ -134,6 +148,7 @@ def entry(reports: list[Report]) -> dict[str, Any]:
         "interval": [round(end, 2) for end in first.interval],
         "macro_f1": [round(report.macro_f1, 4) for report in reports],
         "train_accuracy": [round(report.train_accuracy, 2) for report in reports if report.train_accuracy is not None],
+        "further": {name: [round(report.scores[name], 4) for report in reports] for name in first.scores},
         "n_train": first.n_train,
         "n_val": first.n_val,
         "seeds": [report.seed for report in reports],

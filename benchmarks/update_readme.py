@@ -32,6 +32,18 @@ SCORES = (  # columns of the table of reproduced figures: heading, protocol, fig
     ("fine-tuned (%)", "finetune", "accuracy"),
     ("resubstitution (%), a training accuracy", "resubstitution", "accuracy"),
 )
+EVALUATED = "tiny-imagenet-200"
+# What a protocol calls its score, and how that is shown.
+PROTOCOLS = (
+    ("linear", "accuracy", "{:.1f} %"),
+    ("linear-sgd-study-b", "accuracy", "{:.1f} %"),
+    ("fewshot-5", "accuracy", "{:.1f} %"),
+    ("knn-20", "accuracy", "{:.1f} %"),
+    ("knn-5-unweighted-euclidean", "accuracy", "{:.1f} %"),
+    ("retrieval", "mean_average_precision", "{:.3f}"),
+    ("cluster", "nmi", "{:.3f}"),
+    ("resubstitution", "accuracy", "{:.1f} %"),
+)
 SPEED_GROUPS = ("augment", "pipeline", "loss", "step", "decode", "probe")
 
 
@@ -107,6 +119,23 @@ def reproduced_tables(folder: Path = REPRODUCED) -> str:
         studies["why_they_differ"],
     ]
     return "\n\n".join(paragraphs)
+
+
+def protocols_table(folder: Path = REPRODUCED) -> str:
+    """The same encoders under several protocols, on all classes of one data set."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{EVALUATED}.*.json"))]
+    rows = []
+    for protocol, figure, pattern in PROTOCOLS:
+        means = []
+        for record in records:
+            most = max(score["classes"] for score in record["scores"])
+            found = {score["protocol"]: score for score in record["scores"] if score["classes"] == most}
+            values = {**found[protocol]["further"], "accuracy": found[protocol]["accuracy"]}[figure]
+            means.append(statistics.mean(values))
+        shown_means = [pattern.format(mean) for mean in means]
+        rows.append([f"`{protocol}`", figure.replace("_", " "), *shown_means, f"{means[-1] / means[0]:.1f}"])
+    names = [f"`{record['model']['name']}`" for record in records]
+    return table(["protocol", "figure", *names, "the last to the first"], rows)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -192,6 +221,7 @@ def blocks() -> dict[str, str]:
     """Everything in the README that comes from measurements."""
     return {
         "models": models_table(),
+        "protocols": protocols_table(),
         "reproduced": reproduced_tables(),
         "demo": demo_scores(),
         "speed": speed_table(),

@@ -1,4 +1,5 @@
 import colorsys
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from PIL import Image
 
 from tests.hub_server import Client, HubServer, serve
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # here: `huggingface_hub` reads it once, when the first test module imports timm
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -17,7 +20,6 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.set_num_threads(1)  # the tensors are small: handing them to threads costs more than it saves
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VISION_SSL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         yield
     torch.set_num_threads(threads)
 

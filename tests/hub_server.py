@@ -21,6 +21,8 @@ from threading import Lock, Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 TOKEN = "hf_secretThatMustNeverBeSeen"
 
 Files = dict[str, bytes]
@@ -339,7 +341,7 @@ def serve() -> Iterator[HubServer]:
 # What the process of a client does: run what it is sent, line by line, and say what came of it. Nothing waits in it:
 # `sleeps` holds how long `huggingface_hub` would have.
 _WORKER = """
-import json, sys, time, traceback
+import json, os, sys, time, traceback
 sleeps = []
 time.sleep = sleeps.append
 names = {"sleeps": sleeps}
@@ -356,6 +358,7 @@ for line in sys.stdin:
         traceback.print_exc()
     sys.stderr.flush()
     print(json.dumps(reply), file=replies, flush=True)
+os._exit(0)  # to take apart what torch has built would take seconds
 """
 
 
@@ -396,6 +399,14 @@ class Client:
         if "error" in reply:
             raise ClientError(*reply["error"])
         return reply["result"]
+
+    def refusal(self, code: str, **values: object) -> str:
+        """Execute some lines there that end in an error for the user; return its one line."""
+        with pytest.raises(ClientError) as caught:
+            self.run(code, **values)
+        assert caught.value.kind == "WeightsError"
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
 
     def close(self) -> None:
         """End the process."""

@@ -32,10 +32,13 @@ recipes
 pretrain
 diagnosis monitor
 finetuning
-probe
-linear_sgd
+probe leakage
+attentive clustering fewshot linear_sgd retrieval
+neighbours
+pairs
 features
-plots card
+pooling
+plots card comparison
 report
 simclr mae views
 engine
@@ -163,6 +166,7 @@ def test_public_names() -> None:
         "extract",
         "Features",
         "evaluate",
+        "compare",
         "finetune",
         "Report",
         "open_images",

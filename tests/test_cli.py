@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -26,7 +27,7 @@ from vision_ssl.registry import Weights
 from vision_ssl.storage import load_tensors
 
 COMMANDS = (
-    *("list", "info", "demo", "train", "extract", "probe", "knn", "finetune", "reconstruct", "plot"),
+    *("list", "info", "demo", "train", "extract", "probe", "knn", "finetune", "leaks", "reconstruct", "plot"),
     *("report", "compare", "track", "import", "export", "push"),
 )
 TINY_MAE = MAE(
@@ -129,6 +130,8 @@ def test_extract(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == f"{out}: 16 x 192 features\n"
     assert features.digest == open_images(pictures, size=24, split="val").digest
     assert features.classes == ("bright", "dark")
+    cli.main(["extract", str(run), str(pictures), "-o", str(out), "--pooling", "both", "--layers", "2"])
+    assert capsys.readouterr().out == f"{out}: 16 x 384 features\n"
 
 
 def test_probe(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,10 +143,14 @@ def test_probe(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Capture
     assert report["accuracy"] == 100  # dark and bright
     assert "linear" in printed
     assert "100.0" in printed
-    for protocol in ("linear-sgd", "linear-sgd-study-b"):
+    for protocol in ("linear-sgd", "linear-sgd-study-b", "fewshot-5", "retrieval", "cluster"):
         cli.main(["probe", str(run), *data, "--protocol", protocol, "--seed", "5"])
         assert capsys.readouterr().out.startswith(f"{protocol}: 100.0 %")
     assert "classes=3: expected 1 to 2" in refused(capsys, "probe", run, *data, "--classes", "3")
+    assert "val=None: expected labelled images" in refused(capsys, "probe", run, *data[:2])
+    cli.main(["probe", str(run), *data, "--pooling", "both", "--layers", "2", "-o", str(tmp_path / "both.json")])
+    settings = json.loads((tmp_path / "both.json").read_text())["settings"]
+    assert (settings["pooling"], settings["layers"]) == ("both", 2)
 
 
 def test_probe_of_every_checkpoint(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,6 +186,7 @@ def test_probe_of_every_checkpoint(pictures: Path, tmp_path: Path, capsys: pytes
     )
     assert (tmp_path / "new" / "c.png").is_file()
     assert (tmp_path / "new" / "c.csv").read_text() != table.read_text()
+    assert "source" in refused(capsys, "probe", tmp_path / "run", *data[:2], "--every-checkpoint")
     line = refused(capsys, "probe", tmp_path / "run", *data, "--protocol", "resubstitution")
     assert "protocol='resubstitution' is not drawn as a curve" in line
 
@@ -206,6 +214,16 @@ def test_knn(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "classes=3: expected 1 to 2" in refused(capsys, "knn", run, *data, "--classes", "3")
 
 
+def test_knn_of_several_k_and_of_one_split(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["knn", str(run), "--train", str(pictures), "--k", "1", "5", "-o", str(tmp_path / "report.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["knn-1-leave-one-out", "knn-5-leave-one-out"]
+    kept = [tmp_path / f"report-knn-{k}-leave-one-out.json" for k in (1, 5)]
+    assert [json.loads(path.read_text())["settings"]["k"] for path in kept] == [1, 5]
+
+
 def test_finetune(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--train", str(pictures), "--val", str(pictures), "--device", "cpu"]
     settings = ["--epochs", "2", "--batch-size", "8", "--layer-decay", "0.5", "--time-limit", "0", "--seed", "5"]
@@ -221,6 +239,18 @@ def test_finetune(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Capt
     assert report["seed"] == 5
     assert "batch_size=256: expected at most 16" in refused(capsys, "finetune", run, *data)
     assert "classes=3: expected 1 to 2" in refused(capsys, "finetune", run, *data, "--classes", "3")
+
+
+def test_leaks(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, number in (("train", 0), ("train", 1), ("val", 1), ("val", 2)):
+        (tmp_path / split / "c").mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((24, 24), 40 * number + 1).save(tmp_path / split / "c" / f"{number}.png")
+    shutil.copy(tmp_path / "train" / "c" / "1.png", tmp_path / "val" / "c" / "1.png")
+    cli.main(["leaks", "--train", str(tmp_path), "--val", str(tmp_path), "--name", str(run), "--count", "1"])
+    first, twins, _, nearest = capsys.readouterr().out.splitlines()
+    assert first == "1 pairs of equal pixels at 24 px"
+    assert [Path(path).name for path in twins.split()] == ["1.png", "1.png"]
+    assert nearest == f"{twins}  1.0000"
 
 
 def test_reconstruct(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,7 +411,7 @@ def test_help(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> N
         (["train", "mae", "photos", "--schedule", "linear"], "linear"),
         (["train", "mae", "photos", "--preset"], "--preset"),
         (["extract", "x", "photos"], "--out"),
-        (["probe", "x", "--train", "photos"], "--val"),
+        (["knn", "x", "--val", "photos"], "--train"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

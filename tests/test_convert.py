@@ -565,6 +565,19 @@ def test_predictions_equal_those_of_facebookresearch_mae(tmp_path: Path, rows_fi
     assert_same_predictions(tmp_path / "weights", expected, keep, mask, 1e-6)
 
 
+@torch.no_grad()
+def test_predictions_equal_those_of_lightly(tmp_path: Path) -> None:
+    state = mae_state(decoder=True)
+    names = {name: "decoder." if name.startswith(("decoder_", "mask_token")) else "backbone.vit." for name in state}
+    renamed = {f"{prefix}{name}": state[name] for name, prefix in names.items()}
+    result, _ = converted({"state_dict": renamed | {"backbone.mask_token": torch.zeros(1, 1, WIDTH)}}, tmp_path)
+    assert result.recognised == "timm's ViT, below 'state_dict.backbone.vit.'"
+    assert result.left_out == ("state_dict.backbone.mask_token (1 tensor)",)
+    keep, mask = random_mask(torch.rand(len(IMAGES), GRID**2, generator=torch.Generator().manual_seed(1)), 0.75)
+    expected = mae_pixels(mae_tokens(IMAGES, state, keep), keep, state)
+    assert_same_predictions(tmp_path / "weights", expected, keep, mask, 1e-6)
+
+
 @pytest.mark.parametrize("rename", [str, published_transformers_name], ids=["transformers 5", "transformers 4"])
 @torch.no_grad()
 def test_predictions_equal_those_of_transformers(tmp_path: Path, rename: Callable[[str], str]) -> None:
@@ -976,7 +989,7 @@ def test_the_licence_of_facebookresearch_mae(
         state["pos_embed"] = torch.rand_like(state["pos_embed"])
     result, _ = converted({container: state} if container else state, tmp_path)
     assert result.recognised.startswith("facebookresearch/mae" if published else "timm's ViT")
-    expected = "CC-BY-NC 4.0 where facebookresearch/mae published these weights; otherwise unknown: see its source"
+    expected = "CC-BY-NC-4.0 where facebookresearch/mae published these weights; otherwise unknown: see its source"
     assert result.licence == (expected if published else "unknown: see its source")
 
 
@@ -992,7 +1005,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "note": "pooled features are the mean of the normed patch tokens, whatever the original pools",
         "note ": "of the decoder, the file does not tell its 2 attention heads and that it predicts pixels normalised "
         "within their patch: assumed",
-        "licence": "CC-BY-NC 4.0 where facebookresearch/mae published these weights; otherwise unknown: see its source",
+        "licence": "CC-BY-NC-4.0 where facebookresearch/mae published these weights; otherwise unknown: see its source",
         "out": str(weights),
     }
     assert capsys.readouterr().out.splitlines() == [f"{name.strip():>10}  {line}" for name, line in lines.items()]

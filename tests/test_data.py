@@ -404,3 +404,20 @@ def test_an_image_set_of_imagenet100_by_parts(photos: Path, tmp_path: Path) -> N
     assert labels_of(images) == [2] * 8
     assert len(open_images(root, size=16)) == 16
     assert labels_of(open_images(root, size=16, split="val")) == [1] * 8
+
+
+def test_some_images_of_each_class() -> None:
+    images = dataclasses.replace(
+        open_images(np.zeros((8, 20, 20, 3), dtype=np.uint8), size=20),
+        labels=torch.tensor([0, 1, 1, 2, 1, 0, 1, 1]),
+        classes=("a", "b", "c"),
+    )
+    some = images.per_class(2, seed=1)
+    assert some.labels is not None
+    assert sorted(some.labels.tolist()) == [0, 0, 1, 1, 2]
+    assert some.paths == tuple(sorted(some.paths))
+    drawn = {images.per_class(2, seed=seed).paths for seed in range(20)}
+    assert len(drawn) > 3
+    assert images.per_class(2, seed=1).digest == some.digest != images.digest
+    with pytest.raises(DataError, match=r"^per_class=2: got images without labels, expected labelled ones$"):
+        dataclasses.replace(images, labels=None, classes=()).per_class(2)

@@ -86,6 +86,16 @@ def test_a_vit_in_transformers(tmp_path: Path) -> None:
     assert difference(theirs.eval()(IMAGES).last_hidden_state, ours.forward_features(IMAGES)) < 1e-6
 
 
+def test_a_card_need_not_list_hashes(mae: Path, tmp_path: Path) -> None:
+    for file in mae.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((mae / "config.json").read_text())
+    del config["vision_ssl"]["sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    export(tmp_path, tmp_path / "out", format="transformers")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "vit_mae"
+
+
 def test_what_is_exported_comes_back(mae: Path, tmp_path: Path) -> None:
     export(mae, tmp_path / "out", format="transformers")
     result = convert(tmp_path / "out" / "model.safetensors", tmp_path / "back")

@@ -24,7 +24,7 @@ from vision_ssl.extra import gallery
 from vision_ssl.extra.charts import Line, line_chart
 from vision_ssl.extra.compare_page import HEADINGS, PAIR_HEADINGS, Compared, write_comparison
 from vision_ssl.extra.history import probe_chart
-from vision_ssl.extra.measured import Samples, confusion, open_samples
+from vision_ssl.extra.measured import Samples, open_samples
 from vision_ssl.extra.report_page import Scores, write_report
 from vision_ssl.features import Features, extract
 from vision_ssl.pretrain import Run
@@ -274,7 +274,7 @@ def test_confusion_is_not_its_transpose() -> None:
         train_digest="",
         val_digest="",
     )
-    assert confusion(report).tolist() == [[0, 2, 0], [0, 1, 0], [1, 0, 0]]
+    assert report.confusion().tolist() == [[0, 2, 0], [0, 1, 0], [1, 0, 0]]
 
 
 def test_many_classes_are_a_picture_and_pairs(foreign_page: Path) -> None:

@@ -1,6 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vision_ssl.data import ImageSet, Preprocess, open_images
 from vision_ssl.errors import CheckpointError, DataError
 from vision_ssl.features import Features, extract, pixel_features
+from vision_ssl.storage import save_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -47,6 +48,7 @@ def make_features(n: int = 6, *, labelled: bool = True, **changes: Any) -> Featu
         "paths": tuple(f"farm/{i}.jpg" for i in range(n)),
         "digest": "d" * 64,
         "encoder": "resnet18",
+        "preprocess": "at 20 px",
     }
     return Features(**(facts | changes))
 
@@ -56,6 +58,7 @@ def assert_same(a: Features, b: Features) -> None:
     assert (a.labels is None) == (b.labels is None)
     assert a.labels is None or b.labels is None or torch.equal(a.labels, b.labels)
     assert (a.classes, a.paths, a.digest, a.encoder) == (b.classes, b.paths, b.digest, b.encoder)
+    assert a.preprocess == b.preprocess
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 256])
@@ -304,3 +307,24 @@ def test_extract_takes_an_image_set() -> None:
     images = ImageSet(make_images(3), torch.tensor([0, 1, 1]), ("a", "b"), ("x", "y", "z"), "mine", "e" * 64)
     features = extract(make_encoder(), images)
     assert (features.paths, features.digest, features.classes) == (("x", "y", "z"), "e" * 64, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "preprocess"),
+    [
+        ("mean", Preprocess(SIZE, (123.7, 116.3, 103.5), (0.2, 0.2, 0.2))),
+        ("std", Preprocess(SIZE, (0.5, 0.5, 0.5), (58.4, 57.1, 57.4))),
+        ("std", Preprocess(SIZE, (0.5, 0.5, 0.5), (0.2, 0.0, 0.2))),
+    ],
+)
+def test_a_preprocess_of_another_range_is_noticed(name: str, preprocess: Preprocess) -> None:
+    with pytest.raises(DataError, match=rf"encoder: its preprocess has {name}=\(.*expected within 0\.\.1"):
+        extract(make_encoder(preprocess), make_images(2))
+
+
+def test_features_of_an_earlier_version(tmp_path: Path) -> None:
+    features = make_features(preprocess="")
+    path = tmp_path / "features.safetensors"
+    facts = {name: getattr(features, name) for name in ("classes", "paths", "digest", "encoder")}
+    save_tensors(path, {"features": features.features, "labels": cast(Tensor, features.labels)}, facts)
+    assert_same(Features.load(path), features)

@@ -166,6 +166,19 @@ def test_validation_images_are_seen_once_at_the_end(monkeypatch: pytest.MonkeyPa
     assert seen == ["train noise 1", "predict noise 1", "predict noise 2"]
 
 
+def test_top5_is_of_the_five_likeliest_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning, "SCORED", 5)
+    labels = torch.arange(24) % 8
+    many = replace(VAL, labels=labels, classes=tuple("abcdefgh"))
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8, bias=False))
+    classes, top5 = finetuning._predict(model, many, PREPROCESS, torch.device("cpu"))
+    with torch.inference_mode():
+        likeliest = model(PREPROCESS.normalise(VAL.pixels)).topk(5).indices
+    assert torch.equal(classes, likeliest[:, 0])
+    assert torch.equal(top5, (likeliest == labels[:, None]).any(dim=1))
+    assert 0 < top5.sum() < 24
+
+
 # --- the head, the layers ------------------------------------------------------------------------------------
 
 

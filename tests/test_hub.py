@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -327,7 +328,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"is not a folder of weights: expected config.json and model.safetensors"):
         vision_ssl.load(tmp_path)
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(WeightsError, match=r"notes.txt is not a folder of weights"):
+    with pytest.raises(WeightsError, match=r"notes.txt is not opened: expected a \.safetensors file beside its config"):
         vision_ssl.load(tmp_path / "notes.txt")
 
 
@@ -357,9 +358,13 @@ def test_pickles_are_refused_and_never_executed(copied: Path, name: str) -> None
     assert not (copied / "canary").exists()
 
 
-def test_who_has_a_pickle_learns_how_to_convert_it(copied: Path) -> None:
-    with pytest.raises(WeightsError, match=r"expected a \.safetensors file, such as `vision-ssl import` makes of it$"):
-        vision_ssl.load(copied / "x.pth")
+@pytest.mark.parametrize("name", ["x.pth", "x.pth.tar", "x.torch", "x.safetensors"])
+def test_who_has_another_file_learns_how_to_convert_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(
+        WeightsError, match=rf"{name} is not opened: expected a \.safetensors .*`vision-ssl import` makes"
+    ):
+        vision_ssl.load(tmp_path / name)
 
 
 def test_a_pickle_is_no_substitute_for_safetensors(copied: Path) -> None:
@@ -388,6 +393,11 @@ def test_damaged_configs(copied: Path, content: bytes) -> None:
     assert_refused(copied, r"config\.json is not the description of an encoder: \w+: ")
     with pytest.raises(WeightsError):
         hub.read_card(copied)
+
+
+def test_a_config_of_more_than_a_megabyte_is_not_read_to_its_end(copied: Path) -> None:
+    edit(copied, lambda config: config["vision_ssl"].update(note="x" * (1 << 20)))
+    assert_refused(copied, "is not the description of an encoder: JSONDecodeError: ")
 
 
 @pytest.mark.parametrize("key", ["architecture", "pretrained_cfg"])
@@ -668,6 +678,26 @@ def test_a_clone_keeps_what_is_too_big_for_the_package(
     monkeypatch.setattr(registry, "CLONED", tmp_path / "no clone")
     with pytest.raises(WeightsError, match=r"^mae_big\.data is too big for the package, and is in clones alone"):
         vision_ssl.load("mae_big")
+
+
+def test_the_package_goes_before_the_clone_and_both_before_the_hub(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, copied, "mae_vit.data")
+    entry = replace(registry.WEIGHTS[0], repo="zoo/mae_vit", revision="0" * 40)
+    monkeypatch.setattr(registry, "WEIGHTS", (entry,))
+    places = {"PACKAGED": tmp_path / "package", "CLONED": tmp_path / "clone"}
+    for variable, place in places.items():
+        shutil.copytree(copied, place / "mae_vit.data")
+        edit(place / "mae_vit.data", lambda config, variable=variable: config["vision_ssl"].update(place=variable))  # type: ignore[misc]  # a lambda has no annotations
+        monkeypatch.setattr(registry, variable, place)
+    for variable, place in places.items():
+        assert vision_ssl.load("mae_vit").card["place"] == variable
+        shutil.rmtree(place)
+    with pytest.raises(
+        WeightsError, match=r"^cannot load config\.json of zoo/mae_vit: it is not in the cache, and HF_HU"
+    ):
+        vision_ssl.load("mae_vit")
 
 
 def test_names_of_published_models() -> None:

@@ -1,4 +1,5 @@
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,9 +40,12 @@ def test_only_models_are_entry_points(hubconf: ModuleType) -> None:
         assert "features (B, " in (function.__doc__ or "")
 
 
-def test_dependencies_can_be_imported(hubconf: ModuleType) -> None:
+def test_dependencies_are_those_of_the_package_but_the_parser_of_its_commands(hubconf: ModuleType) -> None:
     assert [name for name in hubconf.dependencies if importlib.util.find_spec(name) is None] == []
-    assert "torch" in hubconf.dependencies
+    block = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [\n")[2].partition("]")[0]
+    declared = re.findall(r'^    "([\w-]+) >= [\d.]+",$', block, re.MULTILINE)
+    imported = {{"pillow": "PIL"}.get(name, name.replace("-", "_")) for name in declared}
+    assert {*hubconf.dependencies, "tyro"} == imported
 
 
 @pytest.mark.parametrize("name", ["mae_vit_small", "simclr_resnet18"])
@@ -65,31 +69,36 @@ def test_no_module_collides_with_another_repository() -> None:
 
 
 def test_from_the_zip_of_a_repository_that_is_not_installed(tmp_path: Path) -> None:
-    top = "owner-vision-ssl-abcdef"  # as GitHub names it
+    """All of what torch.hub does with `owner/name:ref`, but for the download."""
+    top = "vision-ssl-main"  # as GitHub names it
     with ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr(f"{top}/", "")  # what torch.hub takes the folder's name from
         archive.write(ROOT / "hubconf.py", f"{top}/hubconf.py")
         for path in (ROOT / "vision_ssl").rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts and not path.match("weights/mae*/*"):
                 archive.write(path, f"{top}/{path.relative_to(ROOT)}")
-    with ZipFile(tmp_path / "archive.zip") as archive:
-        archive.extractall(tmp_path)
     small_stem = resolve_encoder("resnet18", image_size=24, stem="3x3-nopool")
     hub.save(tmp_path / "weights", small_stem.build(), small_stem, card={})
     code = f"""
+import shutil, sys
 import timm, torch
+sys.modules["tyro"] = None  # the one dependency that is not needed here
 try:
     timm.create_model({f"local-dir:{tmp_path / 'weights'}"!r}, pretrained=True)
 except RuntimeError as error:
     print(error)
-encoder = torch.hub.load({str(tmp_path / top)!r}, "simclr_resnet18", source="local")
+torch.hub.set_dir({str(tmp_path / "hub")!r})
+torch.hub.download_url_to_file = lambda url, file, **_: shutil.copy({str(tmp_path / "archive.zip")!r}, file)
+options = dict(trust_repo=True, skip_validation=True)
+encoder = torch.hub.load("owner/vision-ssl:main", "simclr_resnet18", **options)
 import vision_ssl
 print(encoder.num_features, vision_ssl.__file__)
 """
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": ""}, check=True, capture_output=True, text=True)
-    refused, loaded = run.stdout.splitlines()
+    refused, *_, loaded = run.stdout.splitlines()  # torch.hub says in between what it does
     assert refused == "Unknown model (resnet18_3x3_nopool)"  # by timm alone, which must not take it for a resnet18
-    assert loaded == f"512 {tmp_path / top / 'vision_ssl' / '__init__.py'}"
+    assert loaded == f"512 {tmp_path / 'hub' / 'owner_vision-ssl_main' / 'vision_ssl' / '__init__.py'}"
 
 
 @pytest.mark.parametrize(

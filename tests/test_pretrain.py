@@ -21,8 +21,8 @@ from vision_ssl.cli import main
 from vision_ssl.data import ImageSet, open_images
 from vision_ssl.encoders import resolve_encoder
 from vision_ssl.errors import CheckpointError, DataError, RecipeError, TrainingError, VisionSSLError, WeightsError
+from vision_ssl.options import Protocol
 from vision_ssl.pretrain import Run
-from vision_ssl.probe import Protocol
 from vision_ssl.recipes import MAE, Recipe, SimCLR
 from vision_ssl.spread import effective_rank
 from vision_ssl.storage import load_tensors

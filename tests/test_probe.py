@@ -1,4 +1,6 @@
-from typing import Any, cast
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -8,15 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from vision_ssl import logistic, probe
+from vision_ssl import logistic, neighbours, probe
 from vision_ssl.data import ImageSet, Preprocess
 from vision_ssl.errors import DataError, RecipeError
 from vision_ssl.features import Features
 from vision_ssl.logistic import Classifier, choose_l2, logistic_regression
-from vision_ssl.probe import evaluate, knn, linear, resubstitution
+from vision_ssl.neighbours import knn, knn_sweep
+from vision_ssl.options import Protocol
+from vision_ssl.probe import evaluate, linear, resubstitution
 
 
 def make(n: int, dim: int, n_classes: int, *, signal: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -242,6 +247,16 @@ def test_linear_probe() -> None:
     assert again.settings == report.settings
 
 
+def test_top5_is_scikit_learns() -> None:
+    train, val = pair(n=280, n_classes=7, signal=0.3)
+    report = linear(train, val)
+    fitted = logistic_regression(train.features, cast(Tensor, train.labels), 7, report.settings["l2"])
+    logits = fitted.logits(val.features).numpy()
+    assert report.scores == {"top5_accuracy": pytest.approx(100 * top_k_accuracy_score(report.targets, logits, k=5))}
+    assert report.accuracy < report.scores["top5_accuracy"] < 100
+    assert linear(*pair(n_classes=5)).scores == {}
+
+
 def test_validation_labels_choose_nothing() -> None:
     train, val = pair()
     shuffled = wrap(val.features, cast(Tensor, val.labels).roll(1), "val")
@@ -325,14 +340,14 @@ def test_knn_never_holds_more_than_a_block_of_similarities(monkeypatch: pytest.M
     train, val = pair()
     expected = knn(train, val, k=3).predictions
     sizes = []
-    vote = probe._vote
+    vote = neighbours._vote
 
-    def spy(similarity: Tensor, *args: Any) -> Tensor:
+    def spy(similarity: Tensor, *args: Any) -> Iterator[Tensor]:
         sizes.append(similarity.numel())
         return vote(similarity, *args)
 
-    monkeypatch.setattr(probe, "_vote", spy)
-    monkeypatch.setattr(probe, "BLOCK", 700)
+    monkeypatch.setattr(neighbours, "_vote", spy)
+    monkeypatch.setattr(neighbours, "BLOCK", 700)
     assert np.array_equal(knn(train, val, k=3).predictions, expected)
     assert max(sizes) <= 700
     assert sum(sizes) == 90 * 90
@@ -345,15 +360,15 @@ def test_knn_never_holds_more_than_a_block_of_similarities(monkeypatch: pytest.M
         st.tuples(st.integers(1, 5), st.integers(1, 30)),
         elements=st.integers(-2, 2).map(float),
     ),
-    group=st.sampled_from([1, 2, 3, probe.GROUP]),
+    group=st.sampled_from([1, 2, 3, neighbours.GROUP]),
     data=st.data(),
 )
 def test_of_equally_near_neighbours_the_first_count(similarity: np.ndarray, group: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, similarity.shape[1]))
     expected = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "GROUP", group)
-        nearest = probe._nearest(torch.from_numpy(similarity), k).numpy()
+        patch.setattr(neighbours, "GROUP", group)
+        nearest = neighbours._nearest(torch.from_numpy(similarity), k).numpy()
     assert np.array_equal(np.sort(nearest, axis=1), np.sort(expected, axis=1))
 
 
@@ -364,7 +379,7 @@ def test_nearest_are_the_first_of_a_full_sort(n: int, levels: int) -> None:
     similarity = torch.randint(levels, (200, n), generator=generator).float() / levels
     similarity[:100] = similarity[:100].sort(dim=1).values  # the largest side by side, in the last columns
     expected = similarity.argsort(dim=1, descending=True, stable=True)[:, :20]
-    nearest = probe._nearest(similarity, 20)
+    nearest = neighbours._nearest(similarity, 20)
     assert torch.equal(nearest.sort(dim=1).values, expected.sort(dim=1).values)
 
 
@@ -382,8 +397,61 @@ def test_knn_at_a_very_low_temperature_is_the_nearest_neighbour() -> None:
 
 def test_knn_of_features_that_are_all_zero() -> None:
     train, val = pair()
-    report = knn(wrap(torch.zeros(90, 8), train.labels, "zero"), val, k=2)
+    with pytest.warns(UserWarning, match="train: all 90 features are equal"):
+        report = knn(wrap(torch.zeros(90, 8), train.labels, "zero"), val, k=2)
     assert report.predictions.tolist() == [0] * 90
+
+
+@pytest.mark.parametrize("temperature", [0.07, None])
+@pytest.mark.parametrize("given", [1, 2])
+def test_several_k_by_one_search_are_what_each_is_alone(given: int, temperature: float | None) -> None:
+    parts = pair(signal=0.2)[:given]
+    ks = (40, 1, 7)
+    for k, report in zip(ks, knn_sweep(*parts, ks=ks, temperature=temperature, seed=3), strict=True):
+        alone = knn(*parts, k=k, temperature=temperature, seed=3)
+        assert (report.protocol, report.settings, report.scores) == (alone.protocol, alone.settings, alone.scores)
+        assert np.array_equal(report.predictions, alone.predictions)
+        assert report.interval == alone.interval
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": None, "metric": "euclidean"}])
+def test_leave_one_out_is_each_image_against_the_others(monkeypatch: pytest.MonkeyPatch, options: Any) -> None:
+    every = pair(signal=0.2)[0]
+    report = knn(every, k=5, **options)
+    assert report.protocol == "knn-5" + ("-unweighted-euclidean" if options else "") + "-leave-one-out"
+    assert (report.n_train, report.n_val, report.train_digest, report.val_digest) == (89, 90, "train", "train")
+    others = torch.arange(90)
+    for index in range(0, 90, 7):
+        alone = knn(every.select(others != index), every.select([index]), k=5, **options)
+        assert report.predictions[index] == alone.predictions[0]
+    monkeypatch.setattr(neighbours, "QUERIES", 13)
+    assert np.array_equal(knn(every, k=5, **options).predictions, report.predictions)
+
+
+def test_a_sweep_needs_a_k() -> None:
+    with pytest.raises(RecipeError, match="k: got none, expected at least one number of neighbours"):
+        knn_sweep(*pair(), ks=())
+
+
+def test_leave_one_out_has_one_neighbour_less() -> None:
+    every = pair()[0]
+    assert knn(every, k=89).n_train == 89
+    with pytest.raises(RecipeError, match="k=90: expected 1 to 89"):
+        knn(every, k=90)
+
+
+def test_top5_of_votes_counts_classes_that_have_one() -> None:
+    labels = torch.arange(8)
+    train = wrap(torch.eye(8), labels, "train", 8)
+    close = wrap(0.1 * torch.arange(8, 0, -1).repeat(8, 1) + torch.eye(8) * 1e-3, labels, "val", 8)
+    five, six = (knn(train, close, k=k, temperature=None) for k in (5, 6))
+    assert five.scores == {"top5_accuracy": 100 * 5 / 8}  # the five nearest are images of classes 0 to 4
+    assert six.scores == {"top5_accuracy": 100 * 5 / 8}  # of six votes that are alike, the first five classes
+    assert knn(train, close, k=4).scores == {}
+    alike = torch.tensor([0, 0, 0, 0, 0, 1, 2])  # five neighbours of class 0 leave no vote to any other
+    train = wrap(F.one_hot(alike, 3).float(), alike, "train", 8)
+    queries = wrap(torch.tensor([[9.0, 1.0, 0.0]] * 2), torch.tensor([0, 1]), "val", 8)
+    assert knn(train, queries, k=5, temperature=None).scores == {"top5_accuracy": 50}
 
 
 # --- what is refused -----------------------------------------------------------------------------------------
@@ -424,6 +492,16 @@ TRAIN, VAL = pair()
         ),
         (TRAIN, TRAIN, "val: holds the same images as train, expected others"),
         (TRAIN, VAL.select([]), "predictions: got 0 for 0 targets"),
+        (
+            replace(TRAIN, encoder="resnet18"),
+            replace(VAL, encoder="resnet34"),
+            "val: encoder of the features is 'resnet34', expected 'resnet18' as in train",
+        ),
+        (
+            replace(TRAIN, preprocess="at 64 px"),
+            replace(VAL, preprocess="at 32 px"),
+            "val: preprocess of the features is 'at 32 px', expected 'at 64 px' as in train",
+        ),
     ],
 )
 def test_features_that_a_probe_refuses(measure: Any, train: Features, val: Features, message: str) -> None:
@@ -492,6 +570,7 @@ def image_set(seed: int, n: int = 60) -> ImageSet:
 
 def test_evaluate_extracts_and_probes(encoder: nn.Module) -> None:
     report = evaluate(encoder, train=image_set(1), val=image_set(2), seed=3)
+    assert not {"pooling", "layers"} & set(report.settings)  # as always
     assert (report.protocol, report.accuracy, report.seed) == ("linear", 100, 3)
     assert (report.train_digest, report.val_digest) == ("1" * 64, "2" * 64)
     near = evaluate(encoder, train=image_set(1), val=image_set(2), protocol="knn", seed=3)
@@ -515,8 +594,10 @@ def test_evaluate_takes_the_split_that_the_argument_says(
         return {"train": TRAIN, "val": VAL}[options["split"]]
 
     monkeypatch.setattr(probe, "extract", fake)
-    evaluate(encoder, train="a", val="b", protocol=protocol, device="cpu", cache_dir="cache")
-    common = {"device": "cpu", "cache_dir": "cache", "require_labels": True}
+    where: Any = {"pooling": "both", "layers": 2, "device": "cpu", "cache_dir": "cache"}
+    report = evaluate(encoder, train="a", val="b", protocol=protocol, **where)
+    assert (report.settings["pooling"], report.settings["layers"]) == ("both", 2)
+    common = {**where, "require_labels": True}
     assert calls == [("a", {"split": "train", **common}), ("b", {"split": "val", **common})]
 
 
@@ -525,6 +606,38 @@ def test_evaluate_takes_features_as_they_are() -> None:
     expected = linear(TRAIN, VAL)
     report = evaluate(broken, train=TRAIN, val=VAL)
     assert np.array_equal(report.predictions, expected.predictions)
+
+
+def measured(protocol: Any, **sources: Any) -> str:
+    return evaluate(nn.Identity(), protocol=protocol, **sources).protocol
+
+
+@pytest.mark.parametrize("protocol", sorted({*get_args(Protocol)} - {"attentive", "knn", "resubstitution"}))
+def test_a_protocol_is_named_in_its_report(protocol: str) -> None:
+    train, val = pair(n=60)
+    assert measured(protocol, train=train, val=val) == protocol
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_evaluate_with_one_split_leaves_one_image_out(split: str) -> None:
+    assert measured("knn", **{split: TRAIN}) == "knn-20-leave-one-out"
+    assert measured("retrieval", **{split: TRAIN}) == "retrieval-leave-one-out"
+    assert measured("cluster", **{split: TRAIN}) == "cluster"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "sources", "missing"),
+    [
+        ("linear", {"train": TRAIN}, "val"),
+        ("linear-sgd", {"val": TRAIN}, "train"),
+        ("fewshot-1", {"val": TRAIN}, "train"),
+        ("knn", {}, "val"),
+        ("cluster", {}, "train"),
+    ],
+)
+def test_evaluate_names_the_split_that_it_lacks(protocol: str, sources: Any, missing: str) -> None:
+    with pytest.raises(DataError, match=f"{missing}=None: expected labelled images, for the protocol '{protocol}'"):
+        measured(protocol, **sources)
 
 
 def test_evaluate_passes_on_how_neighbours_vote() -> None:
@@ -541,7 +654,7 @@ def test_evaluate_on_the_first_classes(encoder: nn.Module, protocol: Any) -> Non
 
 
 def test_evaluate_refuses_what_it_cannot_measure(encoder: nn.Module) -> None:
-    known = "linear, linear-sgd, linear-sgd-study-b, knn, resubstitution"
+    known = "linear, linear-sgd, linear-sgd-study-b, attentive, knn, fewshot-1, .*, retrieval, cluster, resubstitution"
     with pytest.raises(RecipeError, match=f"protocol='svm': expected one of {known}"):
         evaluate(encoder, train="a", val="b", protocol=cast(Any, "svm"))
     images = image_set(1)

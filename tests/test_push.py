@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from tests.hub_server import TOKEN, Client, ClientError, Fault, HubServer
+from tests.hub_server import TOKEN, Client, Fault, HubServer
 from vision_ssl import cli, hub, registry
 from vision_ssl.card import model_card
 from vision_ssl.errors import MissingExtraError, WeightsError
 from vision_ssl.extra.push import push
 from vision_ssl.locate import file_hash
 from vision_ssl.pretrain import Run
-from vision_ssl.recipes import MAE, Recipe, SimCLR
+from vision_ssl.recipes import MAE, Recipe, SimCLR, recipe_from_dict
 from vision_ssl.report import Report
 from vision_ssl.storage import load_tensors
 
@@ -60,14 +60,6 @@ def latest(server: HubServer, repo: str) -> dict[str, bytes]:
     return {name: data for name, data in repository.commits[repository.refs["main"]].items() if name[0] != "."}
 
 
-def refusal(client: Client, code: str, **values: object) -> str:
-    with pytest.raises(ClientError) as caught:
-        client.run(code, **values)
-    assert caught.value.kind == "WeightsError"
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("recipe", [MAE_RECIPE, SIMCLR_RECIPE], ids=["mae", "simclr"])
 def test_what_is_trained_and_pushed_comes_back(
     server: HubServer, author: Client, tmp_path: Path, runs: dict[str, Run], recipe: Recipe
@@ -95,10 +87,34 @@ def test_what_is_trained_and_pushed_comes_back(
     features = torch.tensor(author.run("result = encoder(torch.tensor(images)).tolist()", images=images.tolist()))
     assert torch.cosine_similarity(features, model.encoder.eval()(images)).min() > 0.9999
 
+    whole = "result = fingerprint(vision_ssl.load(name, part='full', cache_dir=cache))"
+    assert author.run(whole, name=f"hf:{repo}", cache=tmp_path / "cache") == author.run(
+        whole, name=run.directory / "weights", cache=None
+    )
+    check_card(pushed["README.md"].decode(), author, back, recipe)
+
     timms = "result = timm.create_model(name, pretrained=True, cache_dir=cache).eval()(torch.tensor(images)).tolist()"
     there = author.run(timms, name=f"hf-hub:{repo}", cache=tmp_path / "timm", images=images.tolist())
     here = author.run(timms, name=f"local-dir:{run.directory / 'weights'}", cache=None, images=images.tolist())
     assert there == here == features.tolist()
+
+
+def check_card(text: str, client: Client, encoder: dict[str, str], recipe: Recipe) -> None:
+    """A card has the facts of the run, and its programs load what was pushed."""
+    assert "| data | array, 16 images |" in text
+    assert "| epochs | 1 (2 steps) |" in text
+    assert "](curves.png)" in text
+    assert "None were measured." in text
+    assert "## Licence\n\nWhoever published these weights has not stated one." in text
+    described = re.search(r"## Recipe\n\n```json\n(.*?)\n```", text, re.DOTALL)
+    assert described is not None
+    assert recipe_from_dict(json.loads(described[1])) == recipe
+    ours, timms, torchs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    picture = "from PIL import Image\npicture = Image.new('RGB', (30, 20))\n"
+    loaded, shape = client.run(f"{picture}{ours}\nresult = fingerprint(encoder), list(features.shape)")
+    assert (loaded, shape) == (encoder, [1, {"vit_tiny": 192, "resnet18": 512}[recipe.encoder]])
+    for program in (timms, torchs.replace("path/of/the/clone", str(Path(__file__).parents[1]))):
+        assert client.run(f"{program}\nresult = fingerprint(encoder)") == encoder
 
 
 def test_a_second_push_sends_nothing(server: HubServer, author: Client, run: Run) -> None:
@@ -137,7 +153,7 @@ def test_an_interrupted_push_goes_on(server: HubServer, author: Client, run: Run
     server.large.clear()
     digest = file_hash(run.directory / "weights" / "model.safetensors")
     server.faults.append(Fault(f"PUT /upload/{digest}", status=500, times=6))  # as often as it is tried
-    message = refusal(author, PUSH, run=run.directory, repo="me/interrupted")
+    message = author.refusal(PUSH, run=run.directory, repo="me/interrupted")
     assert message == f"cannot push to me/interrupted: {server.url} answered 500: try again later"
     assert len(server.repositories["me/interrupted"].commits) == 1
     there = set(server.large)
@@ -155,7 +171,7 @@ def test_privacy(server: HubServer, author: Client, run: Run) -> None:
     assert server.repositories["me/hidden"].private
     author.run(PUSH, run=run.directory, repo="me/shown")
     commits = len(server.repositories["me/shown"].commits)
-    message = refusal(author, code, run=run.directory, repo="me/shown")
+    message = author.refusal(code, run=run.directory, repo="me/shown")
     assert message == "me/shown is public: expected a private repository, or a push that may be seen"
     assert len(server.repositories["me/shown"].commits) == commits
 
@@ -166,20 +182,37 @@ def test_a_tag_keeps_its_meaning(server: HubServer, author: Client, runs: dict[s
     repository = server.repositories["me/tagged"]
     assert repository.tags == {"v1": repository.refs["main"]}
     author.run(code, run=runs["mae"].directory, repo="me/tagged")  # nothing is new
-    message = refusal(author, code, run=runs["simclr"].directory, repo="me/tagged")
+    message = author.refusal(code, run=runs["simclr"].directory, repo="me/tagged")
     assert message == f"tag='v1' of me/tagged is another commit's, {repository.tags['v1']}: expected a new tag"
     assert len(repository.commits) == 2
 
 
 def test_who_may_not_push(server: HubServer, client: Client, run: Run) -> None:
-    message = refusal(client, PUSH, run=run.directory, repo="me/nobody")
+    message = client.refusal(PUSH, run=run.directory, repo="me/nobody")
     assert message == "cannot push to me/nobody: the Hub forbids it: set HF_TOKEN, or log in by `hf auth login`"
     client.run("os.environ['HF_TOKEN'] = token", token=TOKEN)
     try:
-        message = refusal(client, PUSH, run=run.directory, repo="somebody-else/theirs")
+        message = client.refusal(PUSH, run=run.directory, repo="somebody-else/theirs")
     finally:
         client.run("del os.environ['HF_TOKEN']")
     assert message.endswith("the Hub forbids it: the token of HF_TOKEN or `hf auth login` does not open it")
+
+
+def test_without_a_network(server: HubServer, author: Client, run: Run) -> None:
+    author.run(
+        "from huggingface_hub import constants\nkept, constants.ENDPOINT = constants.ENDPOINT, 'http://127.0.0.1:1'"
+    )
+    try:
+        unreachable = author.refusal(PUSH, run=run.directory, repo="me/offline")
+        author.run("constants.HF_HUB_OFFLINE = True")
+        offline = author.refusal(PUSH, run=run.directory, repo="me/offline")
+    finally:
+        author.run("constants.ENDPOINT, constants.HF_HUB_OFFLINE = kept, False")
+    assert unreachable == (
+        "cannot push to me/offline: http://127.0.0.1:1 cannot be reached: check the network, or HF_ENDPOINT"
+    )
+    assert offline == "cannot push to me/offline: HF_HUB_OFFLINE forbids to ask the Hub"
+    assert server.requests == []
 
 
 def test_the_token_is_never_seen(server: HubServer, author: Client, run: Run) -> None:
@@ -228,7 +261,12 @@ def test_without_matplotlib_there_is_no_picture(run: Run, monkeypatch: pytest.Mo
         (["somewhere", "me/x", "--zoo", "me"], "push got neither"),
         (["somewhere", "x"], "repo='x' is no name of a repository: expected owner/name"),
         (["somewhere", "../x"], "repo='../x' is no name of a repository"),
-        (["somewhere", "me/x"], "'somewhere' is neither a known model nor a path"),
+        (
+            ["somewhere", "me/x"],
+            "run='somewhere' has no config.json: expected the directory of a run, or a folder of w",
+        ),
+        (["simclr_resnet18", "me/x"], "run='simclr_resnet18' has no config.json"),
+        (["hf:me/y", "me/x"], "run='hf:me/y' has no config.json"),
     ],
     ids=str,
 )
@@ -242,6 +280,9 @@ def test_only_weights_as_they_were_exported(run: Run, tmp_path: Path) -> None:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"something else")
     with pytest.raises(WeightsError, match=r"model\.safetensors is not the file that config\.json lists"):
+        push(tmp_path, "me/run", dry_run=True)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"has no model\.safetensors: expected the directory of a run"):
         push(tmp_path, "me/run", dry_run=True)
 
 

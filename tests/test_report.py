@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import f1_score, precision_recall_fscore_support
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
 from vision_ssl.errors import DataError
 from vision_ssl.report import Report, macro_f1, paired_bootstrap, table
@@ -57,6 +58,11 @@ def test_scores_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
         assert scores["f1"] == pytest.approx(f1[label])
     assert measured.accuracy == pytest.approx(100 * np.mean(targets == predictions))
     assert measured.n_val == len(pairs)
+    assert np.array_equal(measured.confusion(), confusion_matrix(targets, predictions, labels=range(len(CLASSES))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes that were predicted and do not occur
+        expected = balanced_accuracy_score(targets, predictions)
+    assert measured.balanced_accuracy == pytest.approx(100 * expected)
 
 
 def test_macro_f1_leaves_out_a_class_without_images_unless_it_is_predicted() -> None:
@@ -95,6 +101,26 @@ def test_seed_draws_the_interval_anew() -> None:
     targets, predictions = random_report(0.7).targets, random_report(0.7).predictions
     intervals = {report(predictions, targets, seed=seed).interval for seed in range(10)}
     assert len(intervals) > 1
+
+
+def test_several_draws_count_alike() -> None:
+    single = [random_report(accuracy, seed=seed) for seed, accuracy in enumerate((0.9, 0.5, 0.6))]
+    measured = report(np.stack([one.predictions for one in single]), single[0].targets)
+    assert measured.accuracy == pytest.approx(np.mean([one.accuracy for one in single]))
+    assert measured.balanced_accuracy == pytest.approx(np.mean([one.balanced_accuracy for one in single]))
+    assert np.array_equal(measured.confusion(), sum(one.confusion() for one in single))
+    assert (measured.n_val, measured.per_class["cat"]["support"]) == (400, 100)
+    pooled = np.concatenate([one.predictions for one in single])
+    assert measured.macro_f1 == macro_f1(np.tile(single[0].targets, 3), pooled, len(CLASSES))
+
+
+def test_interval_of_several_draws_is_over_images_and_not_over_predictions() -> None:
+    one = random_report(0.7)
+    assert report(np.stack([one.predictions] * 9), one.targets).interval == pytest.approx(one.interval)
+    other = random_report(0.4, seed=1)
+    assert paired_bootstrap(report(np.stack([one.predictions] * 9), one.targets), other).interval == pytest.approx(
+        paired_bootstrap(one, other).interval
+    )
 
 
 def test_paired_bootstrap_is_resampling_of_images() -> None:
@@ -141,7 +167,7 @@ def test_paired_bootstrap_refuses_other_images() -> None:
 def test_save_and_load(tmp_path: Path, train_accuracy: float | None, train_loss: float | None) -> None:
     targets = np.array([0, 1, 1, 2])
     facts: dict[str, Any] = {"train_accuracy": train_accuracy, "settings": {"k": 20, "temperature": None}}
-    facts["train_loss"] = train_loss
+    facts |= {"train_loss": train_loss, "scores": {"top5_accuracy": 75.0}}
     saved = report(np.array([0, 1, 2, 2]), targets, **facts)
     saved.save(tmp_path / "new" / "report.json")
     loaded = Report.load(tmp_path / "new" / "report.json")
@@ -155,13 +181,20 @@ def test_save_and_load(tmp_path: Path, train_accuracy: float | None, train_loss:
     assert loaded.per_class["yak"] == {"support": 0, "accuracy": None, "f1": 0}
 
 
-def test_load_of_a_report_without_a_loss(tmp_path: Path) -> None:
+def test_load_of_several_draws(tmp_path: Path) -> None:
+    saved = report(np.array([[0, 1, 2], [2, 1, 0]]), np.array([0, 1, 1]))
+    saved.save(tmp_path / "report.json")
+    assert np.array_equal(Report.load(tmp_path / "report.json").predictions, saved.predictions)
+
+
+def test_load_of_a_report_of_an_earlier_version(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     random_report(0.7).save(path)
     record = json.loads(path.read_text())
-    del record["train_loss"]  # as version 0.1 wrote it
+    for later in ("train_loss", "scores"):
+        del record[later]
     path.write_text(json.dumps(record))
-    assert Report.load(path).train_loss is None
+    assert (Report.load(path).train_loss, Report.load(path).scores) == (None, {})
 
 
 def test_a_saved_report_has_a_line_for_each_attribute(tmp_path: Path) -> None:
@@ -210,6 +243,8 @@ def test_str() -> None:
         "linear: 81.2 % of 1,200 images (95 % interval 79.0 to 83.4), macro F1 0.825, fitted on 500 (90.0 % on them)"
     )
     assert str(report(predictions, targets, "knn-20", train_accuracy=None)).endswith("fitted on 500")
+    further = report(predictions, targets, scores={"top5_accuracy": 95.04, "recall_at_5": 0.5})
+    assert ", macro F1 0.825, top5 accuracy 95, recall at 5 0.5, fitted on 500 (" in str(further)
 
 
 def test_table_puts_resubstitution_last_and_marks_what_is_missing() -> None:

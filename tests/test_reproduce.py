@@ -10,10 +10,14 @@ import torch
 from PIL import Image
 
 from vision_ssl import extract, finetune, hub, load
+from vision_ssl.clustering import cluster
 from vision_ssl.encoders import resolve_encoder
+from vision_ssl.fewshot import fewshot
 from vision_ssl.linear_sgd import STUDY_B
-from vision_ssl.probe import knn, linear, linear_sgd, resubstitution
+from vision_ssl.neighbours import knn
+from vision_ssl.probe import linear, linear_sgd, resubstitution
 from vision_ssl.report import Report
+from vision_ssl.retrieval import retrieval
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CLASSES = ("n03", "n01", "n02")  # as in wnids.txt, which is not sorted
@@ -79,7 +83,7 @@ def test_finetuning_where_it_is_asked_for(pictures: Path, weights: Path, tmp_pat
     arguments: dict[str, Any] = {"models": (str(weights),), "seeds": 1, "finetune": 2, "device": "cpu"}
     script["main"](script["Arguments"](data=str(pictures), out=tmp_path, **arguments))
     *others, last = read(tmp_path, "pictures.tiny")["scores"]
-    assert len(others) == 7
+    assert len(others) == 10
     assert (last["protocol"], last["classes"], last["seeds"], last["n_train"]) == ("finetune", 2, [0], 20)
     assert last["settings"][0]["epochs"] == 2
 
@@ -116,6 +120,9 @@ def test_every_protocol_on_all_classes_and_on_the_first(results: Path, tree: Pat
             [knn(train, val, k=5)],
             [knn(train, val, k=10, temperature=None)],
             [knn(train, val, k=5, temperature=None, metric="euclidean")],
+            [fewshot(train, val, protocol="fewshot-5")],
+            [retrieval(train, val)],
+            [cluster(val)],
             [resubstitution(val)],
         ]
         expected += [{"classes": len(train.classes), **figures(group)} for group in reports]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vision_ssl.recipes import SimCLR
 from vision_ssl.simclr import SimCLRModel, nt_xent
+from vision_ssl.spread import alignment, feature_std, uniformity
 
 CPU = torch.device("cpu")
 
@@ -137,10 +138,17 @@ def test_model_is_the_loss_of_the_projected_features() -> None:
     torch.testing.assert_close(loss, nt_xent(model.head(model.encoder(first)), model.head(model.encoder(second)), 0.3))
     assert model.encoder.batches == [8, 4, 4]  # one pass for both views
 
-    features = F.normalize(model.encoder(torch.cat([first, second])), dim=1)
-    assert metrics.keys() == {"feature_std"}
-    assert metrics["feature_std"].item() == pytest.approx(features.std(dim=0).mean().item(), rel=1e-5)
-    assert not metrics["feature_std"].requires_grad
+    features = model.encoder(torch.cat([first, second]))
+    ours, theirs = model.head(features).split(4)
+    expected = {
+        "feature_std": feature_std(features),
+        "alignment": alignment(ours, theirs),
+        "uniformity": uniformity(ours),
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in metrics.items():
+        assert value.item() == pytest.approx(expected[name].item(), rel=1e-5)
+        assert not value.requires_grad
 
 
 @pytest.mark.parametrize(

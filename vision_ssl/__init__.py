@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .comparison import compare as compare
     from .data import ImageSet as ImageSet
     from .data import Preprocess as Preprocess
     from .data import open_images as open_images
@@ -31,6 +32,7 @@ _EXPORTS = {
     "extract": "features",
     "Features": "features",
     "evaluate": "probe",
+    "compare": "comparison",
     "finetune": "finetuning",
     "Report": "report",
     "open_images": "data",

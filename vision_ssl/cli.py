@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "probe": commands.probe_command,
     "knn": commands.knn_command,
     "finetune": commands.finetune_command,
+    "leaks": commands.leaks_command,
     "reconstruct": commands.reconstruct_command,
     "plot": commands.plot_command,
     "report": extra.report_command,

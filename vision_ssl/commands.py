@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .options import FineTuning
+from .options import FineTuning, Protocol
 from .registry import UPSTREAM, WEIGHTS, find
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def extract_command(
     *,
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     split: Literal["train", "val"] = "train",
+    pooling: Literal["avg", "token", "both"] = "avg",
+    layers: int = 1,
     batch_size: int = 256,
     device: str = "auto",
 ) -> None:
@@ -61,14 +63,17 @@ def extract_command(
         source: A folder of images, a known layout, or a torchvision name such as `cifar10`.
         out: Where the features go.
         split: Which part of a source that has several.
+        pooling: `avg`, or a ViT's class `token`, or `both`.
+        layers: How many of a ViT's last layers are averaged.
         batch_size: Images at a time.
         device: `auto`, `cpu`, `cuda`, ...
     """
     from .device import pick_device
     from .features import extract
-    from .hub import load
+    from .restore import load
 
-    features = extract(load(name), source, split=split, batch_size=batch_size, device=pick_device(device))
+    tokens: dict[str, Any] = {"pooling": pooling, "layers": layers}
+    features = extract(load(name), source, split=split, batch_size=batch_size, device=pick_device(device), **tokens)
     features.save(out)
     print(f"{out}: {len(features):,} x {features.features.shape[1]} features")
 
@@ -77,23 +82,29 @@ def probe_command(
     name: Name,
     /,
     *,
-    train: str,
-    val: str,
-    protocol: Literal["linear", "linear-sgd", "linear-sgd-study-b", "resubstitution"] = "linear",
+    train: str | None = None,
+    val: str | None = None,
+    protocol: Protocol = "linear",
+    pooling: Literal["avg", "token", "both", "choose"] = "avg",
+    layers: int = 1,
     classes: int | None = None,
     every_checkpoint: bool = False,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     device: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Fit a linear classifier on frozen features; print accuracy and macro F1.
+    """Measure frozen features, by default with a linear classifier; print accuracy, macro F1 and what else there is.
 
     Args:
         name: A model, the directory of a run, a folder of weights, or `hf:owner/repo`.
         train: Labelled images to fit on; of a source with several splits, its training split.
         val: Labelled images to score on; of a source with several splits, its validation split.
-        protocol: `linear` (logistic regression), `linear-sgd`, `linear-sgd-study-b` (the settings of study B), or
-            `resubstitution`, which scores on the images it was fitted on.
+        protocol: `linear` (logistic regression), `linear-sgd`, `linear-sgd-study-b` (the settings of study B),
+            `attentive` (learned attention to the tokens), `knn` (20 neighbours), `fewshot-5` (so many labels a class,
+            over 20 draws) and the like, `retrieval`, `cluster`, or `resubstitution`, which scores on the images it was
+            fitted on.
+        pooling: `avg`, or a ViT's class `token`, or `both`; `choose` finds the best on held-out training images.
+        layers: How many of a ViT's last layers are averaged.
         classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
         every_checkpoint: Measure each encoder that the run NAME kept (`train --keep-epochs`), into `probe_curve.csv`.
         out: Also write the report there, as JSON; of every checkpoint, the table and its picture.
@@ -102,16 +113,17 @@ def probe_command(
     """
     from .device import pick_device
 
-    options: dict[str, Any] = {"protocol": protocol, "classes": classes, "device": pick_device(device), "seed": seed}
+    options: dict[str, Any] = {"train": train, "val": val, "protocol": protocol, "classes": classes, "seed": seed}
+    options |= {"pooling": pooling, "layers": layers, "device": pick_device(device)}
     if every_checkpoint:
         from .curve import probe_curve
 
-        print(*probe_curve(name, train=train, val=val, out=out, **options), sep="\n")
+        print(*probe_curve(name, out=out, **options), sep="\n")
     else:
         from .probe import evaluate
         from .restore import load
 
-        _show(evaluate(load(name), train=train, val=val, **options), out)
+        _show(evaluate(load(name), **options), out)
 
 
 def knn_command(
@@ -119,8 +131,8 @@ def knn_command(
     /,
     *,
     train: str,
-    val: str,
-    k: int = 20,
+    val: str | None = None,
+    k: tuple[int, ...] = (20,),
     unweighted: bool = False,
     metric: Literal["cosine", "euclidean"] = "cosine",
     classes: int | None = None,
@@ -132,23 +144,54 @@ def knn_command(
     Args:
         name: A model, the directory of a run, a folder of weights, or `hf:owner/repo`.
         train: Labelled images to find neighbours among.
-        val: Labelled images to score on.
-        k: Neighbours that vote.
+        val: Labelled images to score on; without them, each training image is scored by the others.
+        k: Neighbours that vote; of several, such as 1 5 10 20 200, all are measured by one search.
         unweighted: Count their votes alike; by default nearer ones weigh more.
         metric: By which they are near; `euclidean` needs unweighted votes.
         classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
-        out: Also write the report there, as JSON.
+        out: Also write the report there, as JSON; of several k, each with its protocol in the name.
         device: `auto`, `cpu`, `cuda`, ...
     """
     from .device import pick_device
-    from .hub import load
-    from .probe import evaluate
+    from .neighbours import knn_sweep
+    from .probe import labelled_features
+    from .restore import load
 
-    encoder, where = load(name), pick_device(device)
-    options: dict[str, Any] = {"protocol": "knn", "k": k, "metric": metric, "classes": classes, "device": where}
-    if unweighted:
-        options["temperature"] = None
-    _show(evaluate(encoder, train=train, val=val, **options), out)
+    encoder = load(name)
+    votes: dict[str, Any] = {"metric": metric} | ({"temperature": None} if unweighted else {})
+    options: dict[str, Any] = {"classes": classes, "device": pick_device(device)}
+    features = [labelled_features(encoder, train, "train", **options)]
+    if val is not None:
+        features.append(labelled_features(encoder, val, "val", **options))
+    for report in knn_sweep(*features, ks=k, **votes):
+        _show(report, out and (out if len(k) == 1 else out.with_stem(f"{out.stem}-{report.protocol}")))
+
+
+def leaks_command(*, train: str, val: str, name: str | None = None, count: int = 20) -> None:
+    """Find images that are in both splits: equal pixels, and with an encoder the most similar pairs.
+
+    Args:
+        train: Images; of a source with several splits, its training split.
+        val: Images; of a source with several splits, its validation split.
+        name: An encoder to find similar pairs by: a model, the directory of a run, a folder of weights, ...
+        count: How many similar pairs.
+    """
+    from .data import open_images
+    from .features import extract
+    from .leakage import exact_twins, near_twins
+    from .restore import load
+
+    encoder = None if name is None else load(name)
+    size = 64 if encoder is None else encoder.preprocess.size
+    twins = exact_twins(open_images(train, size=size), open_images(val, size=size, split="val"))
+    print(f"{len(twins):,} pairs of equal pixels at {size} px")
+    for ours, theirs in twins:
+        print(ours, theirs, sep="  ")
+    if encoder is not None:
+        print("the most similar pairs, with their cosine")
+        near = near_twins(extract(encoder, train), extract(encoder, val, split="val"), count=count)
+        for ours, theirs, cosine in near:
+            print(ours, theirs, f"{cosine:.4f}", sep="  ")
 
 
 def finetune_command(
@@ -167,7 +210,7 @@ def finetune_command(
     """Train an encoder end to end with a new head; print accuracy and macro F1.
 
     Args:
-        name: A model, the directory of a run, or a folder of weights.
+        name: A model, the directory of a run, a folder of weights, or `hf:owner/repo`.
         train: Labelled images to train on; of a source with several splits, its training split.
         val: Labelled images to score on, once; of a source with several splits, its validation split.
         settings: How it is trained.

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 from . import hub, plots
 from .errors import DataError, RecipeError
 from .features import images_for
+from .options import Protocol
 from .pretrain import Run
-from .probe import Protocol, evaluate
+from .probe import evaluate
 from .storage import save_text
 
 if TYPE_CHECKING:

@@ -83,6 +83,19 @@ class ImageSet:
         index, labels, classes = first_classes(self.labels, self.classes, count)
         return replace(self.select(index), labels=labels, classes=classes)
 
+    def per_class(self, count: int, *, seed: int = 0) -> "ImageSet":
+        """Return at most `count` images of each class, drawn at random, in their order; itself if that is all.
+
+        Raises:
+            DataError: There are no labels.
+        """
+        if self.labels is None:
+            raise DataError(f"per_class={count}: got images without labels, expected labelled ones")
+        shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        labels = self.labels[shuffled]
+        chosen = torch.cat([shuffled[labels == label][:count] for label in labels.unique()])
+        return self if len(chosen) == len(self) else self.select(chosen.sort().values)
+
 
 def first_classes(labels: Tensor | None, classes: Sequence[str], count: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Find what belongs to the first `count` of the sorted classes.

@@ -8,8 +8,9 @@ import torch
 from . import hub
 from .data import Split, photographs
 from .features import Features, extract, pixel_features
+from .neighbours import knn
 from .plots import comparison, curves, reconstruction
-from .probe import knn, linear
+from .probe import linear
 from .registry import WEIGHTS, Weights
 from .report import Report, paired_bootstrap, table
 from .restore import random_encoder, recipe_of, reconstruct

@@ -39,9 +39,10 @@ def diagnose(recipe: "Recipe", records: Sequence[Mapping[str, float]]) -> str:
         recipe: Of the run.
         records: Its metrics so far, as `read_metrics` gives them.
     """
+    records = [record for record in records if record["epoch"] >= 1]  # before, all projections may well be alike
+    if not records:
+        return "too early to tell, within the first epoch"
     for record in records:
-        if record["epoch"] < 1:
-            continue  # projections may well be alike before anything is learned
         if record.get("effective_rank", math.inf) < COLLAPSED_RANK:
             return (
                 f"collapsed at epoch {record['epoch']:g}: the features spread over {record['effective_rank']:.1f} "

@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from tqdm import tqdm
 
 from .data import ImageSet, Preprocess, Source, Split, first_classes, open_images
 from .errors import DataError
+from .pooling import Pooling, check_pooling, pool
 from .storage import load_tensors, save_tensors
 
-_FACTS = ("classes", "paths", "digest", "encoder")
+_FACTS = ("classes", "paths", "digest", "encoder", "preprocess")
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single answer to ==
@@ -32,6 +34,7 @@ class Features:
         paths: Where each image came from, as in `ImageSet`.
         digest: `ImageSet.digest` of the images.
         encoder: What made them, such as "resnet18".
+        preprocess: How the images were prepared and the tokens pooled; "" where it is not known.
 
     Raises:
         DataError: Shapes, types or labels do not fit together.
@@ -43,6 +46,7 @@ class Features:
     paths: tuple[str, ...]
     digest: str
     encoder: str = ""
+    preprocess: str = ""
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or self.features.dtype != torch.float32:
@@ -85,6 +89,11 @@ class Features:
         index, labels, classes = first_classes(self.labels, self.classes, count)
         return replace(self.select(index), labels=labels, classes=classes)
 
+    def pooled(self, pooling: Pooling, layers: int, columns: slice = slice(None)) -> "Features":
+        """Return some columns (by default all), with a note of how they were pooled."""
+        preprocess = f"{self.preprocess}; {pooling} of {layers}"
+        return replace(self, features=self.features[:, columns].contiguous(), preprocess=preprocess)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: `features`, `labels` if there are any, and the rest as JSON in its header.
 
@@ -111,6 +120,7 @@ class Features:
                 paths=tuple(facts["paths"]),
                 digest=facts["digest"],
                 encoder=facts["encoder"],
+                preprocess=facts.get("preprocess", ""),  # an earlier version did not note it
             )
         except KeyError as error:
             raise DataError(f"{path}: expected a file that Features.save wrote, found none of its {error}") from None
@@ -123,6 +133,8 @@ def extract(
     source: Source,
     *,
     split: Split = "train",
+    pooling: Pooling = "avg",
+    layers: int = 1,
     batch_size: int = 256,
     device: str | torch.device | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -138,6 +150,9 @@ def extract(
             wants: encoders from `load` have one.
         source: Images, as `open_images` takes them.
         split: Which split of the source, where it has several.
+        pooling: "avg" is what the encoder returns: the mean of a ViT's patch tokens, or of a ResNet's map. Of a ViT
+            also "token", its class token, or "both" side by side.
+        layers: How many of a ViT's last layers are averaged.
         batch_size: Images at a time.
         device: Where to compute, such as "cuda"; by default where the encoder is.
         cache_dir: Where the decoded images are kept.
@@ -148,15 +163,35 @@ def extract(
 
     Raises:
         DataError: The source cannot be read, or the encoder lacks a `preprocess` or returns something else.
+        RecipeError: The encoder cannot be pooled so.
     """
+    check_pooling(encoder, pooling, layers)
+    forward = partial(pool, encoder, pooling=pooling, layers=layers)
+    options: dict[str, Any] = {"split": split, "device": device, "cache_dir": cache_dir}
+    found = extract_with(encoder, forward, source, batch_size=batch_size, require_labels=require_labels, **options)
+    return found.pooled(pooling, layers)
+
+
+def extract_with(
+    encoder: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    source: Source,
+    *,
+    split: Split,
+    batch_size: int = 256,
+    device: str | torch.device | None,
+    cache_dir: str | os.PathLike[str] | None,
+    require_labels: bool,
+) -> Features:
+    """Do as `extract`, with what `forward` makes of normalised images by means of the encoder: (B, D)."""
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}: expected at least 1")
     images, preprocess = images_for(encoder, source, split=split, cache_dir=cache_dir, require_labels=require_labels)
     features, done = torch.empty(0), 0
-    with _evaluating(encoder, device) as where, tqdm(total=len(images), **_bar(images)) as bar:
+    with evaluating(encoder, device) as where, tqdm(total=len(images), **_bar(images)) as bar:
         for pixels in images.pixels.split(batch_size):
             with torch.inference_mode():
-                output = encoder(preprocess.normalise(pixels.to(where)))
+                output = forward(preprocess.normalise(pixels.to(where)))
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(pixels):
                 raise DataError(f"encoder: returned {_describe(output)}, expected pooled features ({len(pixels)}, D)")
             if done == 0:  # whole from the start: batches kept one by one would leave holes in the memory
@@ -164,7 +199,7 @@ def extract(
             features[done : done + len(pixels)] = output
             done += len(pixels)
             bar.update(len(pixels))
-    return _features(features, images, _name(encoder))
+    return _features(features, images, _name(encoder), str(preprocess))
 
 
 def images_for(
@@ -186,6 +221,10 @@ def images_for(
             f"encoder: {type(encoder).__name__} has no preprocess: expected one from vision_ssl.load, or with "
             "encoder.preprocess = Preprocess(size, mean, std)"
         )
+    for name, least in (("mean", 0.0), ("std", 1e-6)):
+        values = getattr(preprocess, name)
+        if not all(least <= value <= 1 for value in values):
+            raise DataError(f"encoder: its preprocess has {name}={values}, expected within 0..1, the range of pixels")
     images = open_images(source, size=preprocess.size, split=split, cache_dir=cache_dir, require_labels=require_labels)
     channels = images.pixels.shape[1]
     if channels != len(preprocess.mean):
@@ -220,12 +259,12 @@ def pixel_features(
     return _features(images.pixels.flatten(1).float() / 255, images, f"pixels {size} x {size}")
 
 
-def _features(features: Tensor, images: ImageSet, encoder: str) -> Features:
-    return Features(features, images.labels, images.classes, images.paths, images.digest, encoder)
+def _features(features: Tensor, images: ImageSet, encoder: str, preprocess: str = "") -> Features:
+    return Features(features, images.labels, images.classes, images.paths, images.digest, encoder, preprocess)
 
 
 @contextlib.contextmanager
-def _evaluating(encoder: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
+def evaluating(encoder: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
     """Put the encoder into eval mode on a device, and afterwards each module back into its mode and place."""
     home = next(itertools.chain(encoder.parameters(), encoder.buffers()), torch.empty(0)).device
     modes = {module: module.training for module in encoder.modules()}

@@ -29,7 +29,7 @@ from .errors import RecipeError, TrainingError
 from .features import images_for
 from .optim import schedule_factor
 from .options import FineTuning
-from .probe import check_pair
+from .pairs import check_pair, in_top, report
 from .report import Report
 
 BETAS = (0.9, 0.999)
@@ -93,18 +93,17 @@ def finetune(
         torch.manual_seed(seed)
         model = with_head(module if in_place else copy.deepcopy(module), len(train_images.classes), how.drop_path)
         done = _train(model.to(where), train_images, preprocess, how, where, seed, time_limit)
-    train_hits = (_predict(model, train_images, preprocess, where) == labels).double().mean()
-    return Report.score(
+    train_hits = (_predict(model, train_images, preprocess, where)[0] == labels).double().mean()
+    predictions, top5 = _predict(model, val_images, preprocess, where)
+    return report(
         "finetune",
-        _predict(model, val_images, preprocess, where).numpy(),
-        cast(Tensor, val_images.labels).numpy(),
-        val_images.classes,
+        predictions,
+        train_images,
+        val_images,
+        asdict(how) | {"epochs_done": done},
+        seed,
+        top5=top5,
         train_accuracy=100 * float(train_hits),
-        n_train=len(train_images),
-        settings=asdict(how) | {"epochs_done": done},
-        seed=seed,
-        train_digest=train_images.digest,
-        val_digest=val_images.digest,
     )
 
 
@@ -269,9 +268,14 @@ def _train(
     return epoch + 1
 
 
-def _predict(model: nn.Module, images: ImageSet, preprocess: Preprocess, device: torch.device) -> Tensor:
-    """Classes int64 (n,) of images as they are, on the CPU."""
+def _predict(model: nn.Module, images: ImageSet, preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Classes int64 (n,) of images as they are, and whether the label is among the five likeliest; on the CPU."""
     model.eval()
+    classes, top5 = [], []
+    labels = cast(Tensor, images.labels)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
-        parts = (preprocess.normalise(part.to(device)) for part in images.pixels.split(SCORED))
-        return torch.cat([model(part).argmax(dim=1) for part in parts]).cpu()
+        for part, targets in zip(images.pixels.split(SCORED), labels.split(SCORED), strict=True):
+            logits = model(preprocess.normalise(part.to(device)))
+            classes.append(logits.argmax(dim=1))
+            top5.append(in_top(logits, targets.to(device)))
+    return torch.cat(classes).cpu(), torch.cat(top5).cpu()

@@ -20,6 +20,8 @@ from .errors import RecipeError, WeightsError
 from .locate import ENCODER_FILE, HEAD_FILE, Located, file_hash, locate
 from .storage import save_json, save_tensors
 
+_MOST_NUMBERS = 1 << 30  # in a model with its head: MAE's largest, a ViT-Huge, has two thirds of it
+
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # the last is BatchNorm's counter
 
 
@@ -206,17 +208,19 @@ def load_model(
     build: Callable[[], nn.Module],
     name: str | os.PathLike[str],
     *,
+    pretrained: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> nn.Module:
     """Build a model and put all of the weights of `name` into it, as `load_into` does.
 
     What is to be built comes from a card, and may be larger than memory: so it is built without memory first, and
-    in earnest once it is known that the files fill it.
+    in earnest once it is known to be of that size, and that the files fill it.
 
     Args:
         build: Makes a model with an `encoder` and a `head`.
         name: As for `load`.
+        pretrained: False for random weights.
         cache_dir: As for `load`.
         local_files_only: As for `load`.
 
@@ -229,6 +233,14 @@ def load_model(
             outline = build()
     except (ArithmeticError, RuntimeError, TypeError) as error:  # a size that not even an outline can have
         raise WeightsError(f"{str(name)!r} has a recipe that cannot be built: {str(error)[:200]!r}") from error
+    numbers = sum(tensor.numel() for tensor in (*outline.parameters(), *outline.buffers()))
+    if numbers > _MOST_NUMBERS:
+        raise WeightsError(
+            f"{str(name)!r} has a recipe for {numbers:.2g} numbers: expected at most {_MOST_NUMBERS:.2g}"
+        )
+    if not pretrained:
+        _check_architecture(outline, located, str(name))
+        return build()
     _fill_model(outline, located, str(name), head_required=True, fill=_check)
     model = build()
     _fill_model(model, located, str(name), head_required=True, fill=_fill)
@@ -238,15 +250,19 @@ def load_model(
 def _fill_model(
     model: nn.Module, located: Located, name: str, *, head_required: bool, fill: Callable[..., None]
 ) -> None:
-    encoder, head = cast(Any, model.encoder), cast(nn.Module, model.head)
-    architecture, expected = located.spec.architecture, encoder.pretrained_cfg["architecture"]
-    if architecture != expected:  # of the two small stems, either would take the other's tensors
-        raise WeightsError(f"{name!r} holds a {architecture}: expected {expected}, as encoder and stem ask for")
-    fill(encoder, *located.encoder())
+    _check_architecture(model, located, name)
+    head = cast(nn.Module, model.head)
+    fill(model.encoder, *located.encoder())
     if head_required or located.has_head():
         path, tensors = located.head()
         if head_required or _shapes(tensors) == _shapes(head.state_dict()):
             fill(head, path, tensors)
+
+
+def _check_architecture(model: nn.Module, located: Located, name: str) -> None:
+    architecture, expected = located.spec.architecture, cast(Any, model.encoder).pretrained_cfg["architecture"]
+    if architecture != expected:  # of the two small stems, either would take the other's tensors
+        raise WeightsError(f"{name!r} holds a {architecture}: expected {expected}, as encoder and stem ask for")
 
 
 def read_card(

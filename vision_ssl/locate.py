@@ -21,8 +21,6 @@ _LOG = logging.getLogger("vision_ssl")
 
 ENCODER_FILE, HEAD_FILE = "model.safetensors", "head.safetensors"
 
-_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
-
 
 @dataclass(frozen=True)
 class _Place:
@@ -131,18 +129,18 @@ def _find(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None
     if str(name).startswith(PREFIX):
         return _Place(repository=Repository(*parse_reference(str(name)), cache_dir, local_files_only))
     path = Path(name)
-    if path.suffix in _PICKLES:
-        raise WeightsError(
-            f"{path} may hold pickled code, and is not opened: expected a .safetensors file, such as "
-            "`vision-ssl import` makes of it"
-        )
     if path.suffix == ".safetensors" and (path.parent / CONFIG_FILE).is_file():
         return _Place(path.parent, encoder_file=path.name)
     directory = path / "weights" if (path / "weights" / CONFIG_FILE).is_file() else path
     if (directory / CONFIG_FILE).is_file():
         return _Place(directory)
-    if path.exists():
+    if path.is_dir():
         raise WeightsError(f"{path} is not a folder of weights: expected {CONFIG_FILE} and {ENCODER_FILE} in it")
+    if path.exists():  # it may be a pickle, and hold code
+        raise WeightsError(
+            f"{path} is not opened: expected a .safetensors file beside its {CONFIG_FILE}, such as `vision-ssl import` "
+            "makes of the checkpoints of other programs"
+        )
     close = get_close_matches(str(name), [*list_models(), *(n.partition(".")[0] for n in list_models())], n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"the models are {', '.join(list_models())}"
     raise WeightsError(f"{str(name)!r} is neither a known model nor a path: {hint}")

@@ -41,6 +41,10 @@ class Classifier(NamedTuple):
         """Return the class with the largest logit, int64 (n,), for features (n, D)."""
         return torch.cat([self._logits(block).argmax(dim=1) for block in self._blocks(features)])
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits, float32 (n, K), of features (n, D)."""
+        return torch.cat([self._logits(block) for block in self._blocks(features)])
+
     def cross_entropy(self, features: Tensor, labels: Tensor) -> float:
         """Return the mean cross-entropy, nats, of features (n, D) with labels int64 (n,)."""
         blocks = zip(self._blocks(features), self._blocks(labels), strict=True)
@@ -88,7 +92,8 @@ def choose_l2(features: Tensor, labels: Tensor, n_classes: int, seed: int) -> di
 
     Returns:
         `l2` for all images, `l2_of_selection` for the `selection_fitted_on` images that were fitted on while
-        `selection_scored_on` others were scored, and `l2_at_grid_edge`: a value outside the grid may be better.
+        `selection_scored_on` others were scored, with their cross-entropy (nats) as `selection_loss`, and
+        `l2_at_grid_edge`: a value outside the grid may be better.
 
     Raises:
         DataError: No class has two images.
@@ -116,6 +121,7 @@ def choose_l2(features: Tensor, labels: Tensor, n_classes: int, seed: int) -> di
         "l2_at_grid_edge": best in (0, len(L2_GRID) - 1),
         "selection_fitted_on": len(fit),
         "selection_scored_on": len(held_out),
+        "selection_loss": losses[best],
     }
 
 
@@ -136,11 +142,20 @@ def hold_out(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 def _stratified(labels: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
     """Mask (n,) of a random fraction of each class: of two or more images at least one, and never all."""
+    return draw(labels, share_of_each(labels.bincount(), fraction), generator)
+
+
+def share_of_each(counts: Tensor, fraction: float) -> Tensor:
+    """How many of `counts` images a fraction of each class is: of two or more at least one, and never all."""
+    return (fraction * counts).round().long().clamp(min=1).minimum(counts - 1).clamp(min=0)
+
+
+def draw(labels: Tensor, quota: Tensor, generator: torch.Generator) -> Tensor:
+    """Mask (n,) of random images, `quota` (K,) of each class."""
     shuffled = torch.randperm(len(labels), generator=generator)
     order = shuffled[labels[shuffled].argsort(stable=True)]  # class by class
-    counts = labels.bincount()
+    counts = labels.bincount(minlength=len(quota))
     position = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
-    quota = (fraction * counts).round().clamp(min=1).minimum(counts - 1)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     chosen[order] = position < quota[labels[order]]
     return chosen

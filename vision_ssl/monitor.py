@@ -10,7 +10,8 @@ from torch import nn
 
 from .data import ImageSet
 from .features import extract
-from .probe import knn, linear
+from .neighbours import knn
+from .probe import linear
 from .spread import effective_rank
 
 IMAGES = 10_000  # of the training images

@@ -13,6 +13,23 @@ if TYPE_CHECKING:
     from .recipes import Recipe
 
 
+# How an encoder can be measured by its frozen features; the names stay what they are.
+Protocol = Literal[
+    "linear",
+    "linear-sgd",
+    "linear-sgd-study-b",
+    "attentive",
+    "knn",
+    "fewshot-1",
+    "fewshot-5",
+    "fewshot-10",
+    "fewshot-1-percent",
+    "fewshot-10-percent",
+    "retrieval",
+    "cluster",
+    "resubstitution",
+]
+
 LASTING = ("init", "precision", "compile", "seed", "parts", "cache_size")
 
 

@@ -1,36 +1,36 @@
-"""Probes: how well a simple classifier on frozen features tells classes apart.
+"""Probes: how well a simple classifier on frozen features tells classes apart, and `evaluate`, which knows them all.
 
-The linear probes and kNN are fitted on training images and scored on others. `resubstitution` scores on the images
-that it was fitted on: it shows how well a classifier memorises, not how good the features are.
+What is fitted is fitted on training images and scored on others. `resubstitution` scores on the images that it was
+fitted on: it shows how well a classifier memorises, not how good the features are.
 """
 
 import os
 import warnings
-from itertools import zip_longest
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import first_few
-from .data import ImageSet, Source, Split
+from .attentive import attentive
+from .clustering import cluster
+from .data import Source, Split
 from .errors import DataError, RecipeError
-from .features import Features, extract
+from .features import Features, extract, extract_with
+from .fewshot import SHOTS, fewshot
 from .linear_sgd import STUDY_B, SWEEP, SGDProbe, sgd_classifier
 from .logistic import Classifier, choose_l2, logistic_regression
+from .neighbours import Metric, knn
+from .options import Protocol
+from .pairs import check_fit, check_pair, in_top, report
+from .pooling import DEPTHS, Choice, Pooling, candidates, check_pooling, choose_pooling
 from .report import RESUBSTITUTION, Report
-
-Protocol = Literal["linear", "linear-sgd", "linear-sgd-study-b", "knn", "resubstitution"]
-Metric = Literal["cosine", "euclidean"]
+from .retrieval import retrieval
 
 SGD_PROBES = {probe.protocol: probe for probe in (SWEEP, STUDY_B)}
 
 MEMORISING_L2 = 1e-4  # of resubstitution
-
-BLOCK = 1 << 24  # elements of the largest temporary matrix, of similarities: 64 MB
-QUERIES = 128  # rows of it at most: enough for the matrix product, and few enough for the cache
-GROUP = 32  # neighbouring columns of it, whose largest are compared before all
 
 
 def linear(train: Features, val: Features, *, seed: int = 0) -> Report:
@@ -92,73 +92,6 @@ def linear_sgd(
     return _linear_report(probe.protocol, classifier, train, val, settings, seed)
 
 
-def knn(
-    train: Features,
-    val: Features,
-    *,
-    k: int = 20,
-    temperature: float | None = 0.07,
-    metric: Metric = "cosine",
-    seed: int = 0,
-) -> Report:
-    """Classify each image by a vote of its k nearest training images.
-
-    A neighbour's vote weighs exp(cosine similarity / temperature) (Wu et al. 2018, "Unsupervised Feature Learning via
-    Non-Parametric Instance Discrimination", section 3.4). Of equally near neighbours the first in `train` counts,
-    of classes with equal votes the first.
-
-    Published figures often count votes alike: k = 10 by cosine similarity (dkobak/simclr-cifar10), or k = 5 by
-    Euclidean distance of features that are not normalised (W-MSE, CW-RGP).
-
-    Args:
-        train: Features to look for neighbours in, with labels.
-        val: Features of other images, with labels of the same classes.
-        k: Number of neighbours.
-        temperature: Above 0; None counts every neighbour's vote alike.
-        metric: "cosine", or "euclidean" with votes that count alike.
-        seed: Of the bootstrap.
-
-    Raises:
-        DataError: Labels are missing, or the two do not fit together.
-        RecipeError: `k` is more than there are training images, or a setting is out of range.
-
-    Warns:
-        UserWarning: `val` has a class that `train` lacks.
-    """
-    if not 1 <= k <= len(train):
-        raise RecipeError(f"k={k}: expected 1 to {len(train):,}, the number of training images")
-    if temperature is not None and not temperature > 0:
-        raise RecipeError(f"temperature={temperature}: expected above 0, or None for votes of equal weight")
-    if metric not in get_args(Metric):
-        raise RecipeError(f"metric={metric!r}: expected 'cosine' or 'euclidean'")
-    if metric == "euclidean" and temperature is not None:
-        raise RecipeError(f"temperature={temperature}: expected None, since votes by Euclidean distance count alike")
-    labels = check_pair(train, val)
-    index, queries = train.features, val.features
-    if metric == "cosine":
-        index, queries = F.normalize(index), F.normalize(queries)
-    else:  # (q, 1) . (x, -|x|^2 / 2) = (|q|^2 - |q - x|^2) / 2
-        index = torch.cat([index, index.square().sum(dim=1, keepdim=True) / -2], dim=1)
-        queries = F.pad(queries, (0, 1), value=1.0)
-    rows = min(max(1, BLOCK // len(train)), QUERIES)
-    similarity = index.new_empty(rows, len(train))  # one for all blocks: fresh memory takes as long as the topk
-    predictions = [
-        _vote(
-            torch.mm(block, index.T, out=similarity[: len(block)]),
-            labels,
-            len(train.classes),
-            k,
-            temperature,
-        )
-        for block in queries.split(rows)
-    ]
-    protocol = (
-        f"knn-{k}" + ("-unweighted" if temperature is None else "") + ("" if metric == "cosine" else f"-{metric}")
-    )
-    settings = {"k": k, "temperature": temperature, "metric": metric}
-    return _report(protocol, torch.cat(predictions), train, val, settings, seed)
-
-
 def resubstitution(features: Features, *, seed: int = 0) -> Report:
     """Fit a linear classifier and score it on the very same images: a training accuracy.
 
@@ -180,7 +113,7 @@ def resubstitution(features: Features, *, seed: int = 0) -> Report:
         "says little about the features",
         stacklevel=2,
     )
-    labels = _check_fit(features, "features")
+    labels = check_fit(features, "features")
     settings = {"l2": MEMORISING_L2}
     classifier = logistic_regression(features.features, labels, len(features.classes), settings["l2"])
     return _linear_report(RESUBSTITUTION, classifier, features, features, settings, seed)
@@ -189,12 +122,14 @@ def resubstitution(features: Features, *, seed: int = 0) -> Report:
 def evaluate(
     encoder: nn.Module,
     *,
-    train: "Source | Features",
-    val: "Source | Features",
+    train: "Source | Features | None" = None,
+    val: "Source | Features | None" = None,
     protocol: Protocol = "linear",
     k: int = 20,
     temperature: float | None = 0.07,
     metric: Metric = "cosine",
+    pooling: Pooling | Literal["choose"] = "avg",
+    layers: int = 1,
     classes: int | None = None,
     device: str | torch.device | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -206,167 +141,132 @@ def evaluate(
         encoder: A frozen encoder, as `extract` takes it.
         train: Labelled images to fit on (of a source with several splits, "train"), or their features.
         val: Labelled images to score on (of a source with several splits, "val"), or their features.
-        protocol: "linear"; "linear-sgd" or "linear-sgd-study-b", which train it by SGD; "knn"; or "resubstitution",
-            which fits and scores on `val` and never opens `train`.
+        protocol: "linear"; "linear-sgd" or "linear-sgd-study-b", which train it by SGD; "attentive", which pools a
+            ViT's tokens by learned attention and needs images; "fewshot-5" and its like, on few labels; "knn" or
+            "retrieval", which with one of the two alone leave one image out at a time; "cluster", which uses no
+            labels to fit; or "resubstitution", which fits and scores on the same images. The last two never open
+            `train` where there is a `val`.
         k: Neighbours that vote in "knn".
         temperature: Of their votes; see `knn`.
         metric: By which they are near; see `knn`.
+        pooling: How a ViT's tokens become features, as in `extract`. "choose" tries all ways, of the last layer and of
+            the last four, by a linear classifier on a held-out fifth of the training images; the report's settings
+            say what was chosen.
+        layers: How many of a ViT's last layers are averaged, unless that is chosen too.
         classes: Only the first so many classes by name take part; by default all.
         device: Where the encoder and SGD compute; by default where the encoder is, and on the CPU.
         cache_dir: Where the decoded images are kept.
         seed: See the protocol.
 
     Raises:
-        DataError: A source cannot be read or has no labels, or the two do not fit together.
-        RecipeError: There is no such protocol.
+        DataError: A source is missing, cannot be read or has no labels, or the two do not fit together.
+        RecipeError: There is no such protocol, or the encoder cannot be pooled so.
     """
+    if protocol not in get_args(Protocol):
+        raise RecipeError(f"protocol={protocol!r}: expected one of {', '.join(get_args(Protocol))}")
+    given: dict[Split, Source | Features | None] = {"train": train, "val": val}
+    where: dict[str, Any] = {"classes": classes, "device": device, "cache_dir": cache_dir}
+    facts: dict[str, Any] = {}
+    pooled = [split for split, source in given.items() if isinstance(source, Features)]
+    if pooled and (pooling, layers) != ("avg", 1):
+        raise DataError(f"{pooled[0]}: features, which are pooled already: expected images for pooling={pooling!r}")
+    if pooling == "choose":
+        if train is None or val is None or isinstance(train, Features):  # the last for mypy alone
+            raise DataError("pooling='choose': expected images as train and as val, since it is chosen on train alone")
+        given["train"], choice = _choose_pooling(encoder, train, seed=seed, **where)
+        pooling, layers, facts = choice.pooling, choice.layers, {"pooling_losses": choice.losses}
+    where |= {"pooling": pooling, "layers": layers}
+    if facts or (pooling, layers) != ("avg", 1):
+        facts |= {"pooling": pooling, "layers": layers}
 
-    def features(source: "Source | Features", split: Split) -> Features:
-        found = source
-        if not isinstance(found, Features):
-            found = extract(encoder, found, split=split, device=device, cache_dir=cache_dir, require_labels=True)
-        return found if classes is None else found.first_classes(classes)
+    def features(split: Split) -> Features:
+        source = given[split]
+        if source is None:
+            raise DataError(f"{split}=None: expected labelled images, for the protocol {protocol!r}")
+        return labelled_features(encoder, source, split, **where)
 
-    if protocol == "linear":
-        return linear(features(train, "train"), features(val, "val"), seed=seed)
-    if protocol in SGD_PROBES:
+    if protocol in ("cluster", RESUBSTITUTION):
+        measure = cluster if protocol == "cluster" else resubstitution
+        found = measure(features("train" if val is None else "val"), seed=seed)
+    elif protocol in ("knn", "retrieval"):
+        splits: list[Split] = [split for split, source in given.items() if source is not None] or ["val"]
+        parts = [features(split) for split in splits]
+        if protocol == "retrieval":
+            found = retrieval(*parts, seed=seed)
+        else:
+            found = knn(*parts, k=k, temperature=temperature, metric=metric, seed=seed)
+    elif protocol == "attentive":
+        if train is None or val is None or isinstance(train, Features) or isinstance(val, Features) or facts:
+            raise DataError("protocol='attentive': expected images as train and as val, and pooling='avg'")
+        found = attentive(encoder, train=train, val=val, classes=classes, device=device, cache_dir=cache_dir, seed=seed)
+    elif protocol in SGD_PROBES:
         probe = SGD_PROBES[protocol]
-        return linear_sgd(features(train, "train"), features(val, "val"), probe=probe, device=device, seed=seed)
-    if protocol == "knn":
-        settings: dict[str, Any] = {"k": k, "temperature": temperature, "metric": metric}
-        return knn(features(train, "train"), features(val, "val"), **settings, seed=seed)
-    if protocol == "resubstitution":
-        return resubstitution(features(val, "val"), seed=seed)
-    raise RecipeError(f"protocol={protocol!r}: expected one of {', '.join(get_args(Protocol))}")
+        found = linear_sgd(features("train"), features("val"), probe=probe, device=device, seed=seed)
+    elif protocol in SHOTS:
+        found = fewshot(features("train"), features("val"), protocol=protocol, seed=seed)
+    else:
+        found = linear(features("train"), features("val"), seed=seed)
+    return replace(found, settings={**found.settings, **facts})
 
 
-def check_pair(train: Features | ImageSet, val: Features | ImageSet) -> Tensor:
-    """Return the training labels of two sets, of features or images, that fit together.
-
-    Raises:
-        DataError: They do not.
-
-    Warns:
-        UserWarning: `val` has a class that `train` lacks.
-    """
-    train_labels, val_labels = _check_fit(train, "train"), _check(val, "val")
-    if train.classes != val.classes:
-        pairs = enumerate(zip_longest(val.classes, train.classes))
-        label, (ours, theirs) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
-        raise DataError(f"val: class {label} is {ours!r}, expected {theirs!r} as in train")
-    if isinstance(train, Features) and isinstance(val, Features):
-        width, expected = val.features.shape[1], train.features.shape[1]
-        if width != expected:
-            raise DataError(f"val: features have width {width}, expected {expected} as in train")
-    if train.digest == val.digest:
-        raise DataError("val: holds the same images as train, expected others; to score on them, use resubstitution")
-    lacking = ~torch.isin(val_labels, train_labels)
-    if lacking.any():
-        names = first_few([val.classes[label] for label in val_labels[lacking].unique().tolist()])
-        warnings.warn(
-            f"val: {int(lacking.sum()):,} images of {names} cannot be recognised, because train has none",
-            stacklevel=3,
-        )
-    return train_labels
-
-
-def _check(images: Features | ImageSet, name: str) -> Tensor:
-    """Return the labels of images, or of features that a probe can use."""
-    what = "features" if isinstance(images, Features) else "images"
-    if images.labels is None:
-        raise DataError(f"{name}: got {len(images):,} {what} without labels, expected labelled ones")
-    if isinstance(images, Features):
-        bad = ~images.features.isfinite().all(dim=1)
-        if bad.any():
-            where = images.paths[int(bad.int().argmax())]
-            raise DataError(
-                f"{name}: {int(bad.sum()):,} of {len(images):,} features hold NaN or infinity, the first is of {where}"
-            )
-    return images.labels
-
-
-def _check_fit(images: Features | ImageSet, name: str) -> Tensor:
-    """Return the labels of what a classifier can be fitted on."""
-    labels = _check(images, name)
-    found = labels.unique()
-    if len(found) < 2:
-        raise DataError(f"{name}: {len(images):,} images of {len(found)} class, expected at least 2 classes")
-    return labels
-
-
-def _report(
-    protocol: str,
-    predictions: Tensor,
-    train: Features,
-    val: Features,
-    settings: dict[str, Any],
-    seed: int,
+def labelled_features(
+    encoder: nn.Module,
+    source: "Source | Features",
+    split: Split,
     *,
-    train_accuracy: float | None = None,
-    train_loss: float | None = None,
-) -> Report:
-    return Report.score(
-        protocol,
-        predictions.numpy(),
-        cast(Tensor, val.labels).numpy(),
-        val.classes,
-        train_accuracy=train_accuracy,
-        n_train=len(train),
-        settings=settings,
-        seed=seed,
-        train_digest=train.digest,
-        val_digest=val.digest,
-        train_loss=train_loss,
+    classes: int | None = None,
+    **options: Any,
+) -> Features:
+    """Features with labels, of a source or as they are, of all classes or the first so many.
+
+    Args:
+        encoder: As in `extract`.
+        source: Images, or their features.
+        split: Which split of the source, where it has several.
+        classes: Only the first so many classes by name.
+        **options: Of `extract`.
+    """
+    found = (
+        source
+        if isinstance(source, Features)
+        else extract(encoder, source, split=split, require_labels=True, **options)
     )
+    return found if classes is None else found.first_classes(classes)
+
+
+def _choose_pooling(
+    encoder: nn.Module,
+    train: "Source",
+    *,
+    classes: int | None,
+    device: str | torch.device | None,
+    cache_dir: str | os.PathLike[str] | None,
+    seed: int,
+) -> tuple[Features, Choice]:
+    """Features of the training images, pooled as is best on a held-out part of them, by one pass of the encoder."""
+    check_pooling(encoder, "both", max(DEPTHS))
+    forward = partial(candidates, encoder)
+    every = extract_with(
+        encoder, forward, train, split="train", device=device, cache_dir=cache_dir, require_labels=True
+    )
+    part = every if classes is None else every.first_classes(classes)
+    choice = choose_pooling(part.features, check_fit(part, "train"), len(part.classes), seed)
+    return every.pooled(choice.pooling, choice.layers, choice.columns), choice
 
 
 def _linear_report(
     protocol: str, classifier: Classifier, train: Features, val: Features, settings: dict[str, Any], seed: int
 ) -> Report:
-    labels = cast(Tensor, train.labels)
-    accuracy = 100 * float((classifier.predict(train.features) == labels).double().mean())
-    loss = classifier.cross_entropy(train.features, labels)
-    predictions = classifier.predict(val.features)
-    return _report(protocol, predictions, train, val, settings, seed, train_accuracy=accuracy, train_loss=loss)
-
-
-def _vote(similarity: Tensor, labels: Tensor, n_classes: int, k: int, temperature: float | None) -> Tensor:
-    """Classes (B,) that the k nearest of n training images vote for, from similarities (B, n)."""
-    nearest = _nearest(similarity, k)
-    weight = torch.ones_like(nearest, dtype=similarity.dtype)
-    if temperature is not None:
-        near = similarity.gather(1, nearest)
-        weight = ((near - near.amax(dim=1, keepdim=True)) / temperature).exp()  # cannot overflow like this
-    votes = similarity.new_zeros(len(similarity), n_classes)
-    return votes.scatter_add_(1, labels[nearest], weight).argmax(dim=1)
-
-
-def _nearest(similarity: Tensor, k: int) -> Tensor:
-    """Indices (B, k) of the k largest in each row; of equal ones the first, on which `topk` is silent."""
-    largest, nearest = _topk(similarity, min(k + 1, similarity.shape[1]))
-    last = largest[:, k - 1 : k]
-    tied = (largest[:, k:] == last).any(dim=1)
-    nearest = nearest[:, :k]
-    if tied.any():
-        rows, last = similarity[tied], last[tied]
-        above, level = rows > last, rows == last
-        room = k - above.sum(dim=1, keepdim=True)
-        nearest[tied] = (above | level & (level.cumsum(dim=1) <= room)).nonzero()[:, 1].view(-1, k)
-    return nearest
-
-
-def _topk(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest (B, k) in each row, in falling order, and their indices; in long rows faster than `topk`.
-
-    The k largest lie in the k groups of columns with the largest maxima, or equals of them do.
-    """
-    n = similarity.shape[1]
-    grouped = n // GROUP * GROUP
-    if grouped // GROUP <= k:
-        return similarity.topk(k, dim=1)
-    groups = similarity[:, :grouped].unflatten(1, (-1, GROUP))
-    best = groups.amax(dim=2).topk(k, dim=1).indices
-    columns = (best[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
-    columns = torch.cat([columns, torch.arange(grouped, n).expand(len(columns), -1)], dim=1)
-    largest, nearest = similarity.gather(1, columns).topk(k, dim=1)
-    return largest, columns.gather(1, nearest)
+    labels, targets = cast(Tensor, train.labels), cast(Tensor, val.labels)
+    logits = classifier.logits(val.features)
+    return report(
+        protocol,
+        logits.argmax(dim=1),
+        train,
+        val,
+        settings,
+        seed,
+        top5=in_top(logits, targets),
+        train_accuracy=100 * float((classifier.predict(train.features) == labels).double().mean()),
+        train_loss=classifier.cross_entropy(train.features, labels),
+    )

@@ -7,6 +7,7 @@ whole. It is imported when something is asked of the Hub.
 
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,10 +137,10 @@ def _explain(error: BaseException, repo: str) -> str:
         return "the repository has no such file"
     if status is not None:
         return f"{constants.ENDPOINT} answered {status}: try again later"
-    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes) or (
-        isinstance(error, errors.LocalEntryNotFoundError) and len(causes) == 1
-    ):
-        return "it is not in the cache, and HF_HUB_OFFLINE or local_files_only forbids to download it"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"it is not in the cache, and {constants.ENDPOINT} cannot be reached: check the network, or HF_ENDPOINT"
+    wanted = isinstance(error, errors.LocalEntryNotFoundError)  # for a download
+    missing = "it is not in the cache, and " if wanted else ""
+    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes) or (wanted and len(causes) == 1):
+        return f"{missing}HF_HUB_OFFLINE{' or local_files_only' if wanted else ''} forbids to ask the Hub"
+    if wanted or any(isinstance(cause, ConnectionError | TimeoutError | socket.gaierror) for cause in causes):
+        return f"{missing}{constants.ENDPOINT} cannot be reached: check the network, or HF_ENDPOINT"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

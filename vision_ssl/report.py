@@ -50,9 +50,12 @@ class Report:
         seed: Of the split that chose them, and of the bootstrap.
         train_digest: `ImageSet.digest` of the training images.
         val_digest: Likewise of the test images.
-        predictions: Class of each test image as predicted, int64 (n_val,).
+        predictions: Class of each test image as predicted, int64 (n_val,); (draws, n_val) where a protocol draws its
+            training images several times: accuracy, F1 and confusion then count all draws alike.
         targets: Class of each test image, int64 (n_val,).
         train_loss: Mean cross-entropy on the training images, nats; None where the protocol has none.
+        scores: Further scores of the protocol by name, such as `top5_accuracy` (percent): the target is among the five
+            most likely classes, of more than five.
     """
 
     protocol: str
@@ -70,6 +73,7 @@ class Report:
     predictions: Labels = field(repr=False)
     targets: Labels = field(repr=False)
     train_loss: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def score(
@@ -86,12 +90,13 @@ class Report:
         train_digest: str,
         val_digest: str,
         train_loss: float | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> "Report":
         """Work out all scores from the predictions.
 
         Args:
             protocol: As the attribute, like all others that are not named here.
-            predictions: int64 (n,).
+            predictions: int64 (n,) or (draws, n).
             targets: int64 (n,).
             classes: Class names in label order.
             train_accuracy: Percent, or None.
@@ -101,25 +106,26 @@ class Report:
             train_digest: Digest of the training images.
             val_digest: Digest of the test images.
             train_loss: Nats, or None.
+            scores: Further scores, if there are any.
 
         Raises:
             DataError: The arrays differ in length, are empty, or hold a label that has no class.
         """
-        f1 = _f1(targets, predictions, len(classes))
-        support = np.bincount(targets, minlength=len(classes))
-        recognised = np.bincount(targets[predictions == targets], minlength=len(classes))
+        confusion = confusion_matrix(targets, predictions, len(classes))
+        f1, times_shown = _f1(confusion), confusion.sum(axis=1)
+        correct = predictions == targets
         return cls(
             protocol=protocol,
-            accuracy=_accuracy(predictions, targets),
-            macro_f1=macro_f1(targets, predictions, len(classes)),
-            interval=_interval(predictions == targets, seed),
+            accuracy=100 * float(correct.mean()),
+            macro_f1=float(np.nanmean(f1)),
+            interval=_interval(100.0 * np.atleast_2d(correct).mean(axis=0), seed),
             per_class={
                 name: {
-                    "support": int(support[label]),
-                    "accuracy": 100 * float(recognised[label] / support[label]) if support[label] else None,
+                    "support": int(np.sum(targets == label)),
+                    "accuracy": 100 * float(confusion[label, label] / shown) if shown else None,
                     "f1": float(np.nan_to_num(f1[label])),
                 }
-                for label, name in enumerate(classes)
+                for label, (name, shown) in enumerate(zip(classes, times_shown, strict=True))
             },
             train_accuracy=train_accuracy,
             n_train=n_train,
@@ -131,15 +137,26 @@ class Report:
             predictions=predictions,
             targets=targets,
             train_loss=train_loss,
+            scores=scores or {},
         )
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean of the accuracies of the classes that have test images, percent: each class counts alike."""
+        return float(np.mean([scores["accuracy"] for scores in self.per_class.values() if scores["support"]]))
+
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """How often test images of each class (row) were taken for each class (column): int64 (K, K)."""
+        return confusion_matrix(self.targets, self.predictions, len(self.per_class))
 
     def __str__(self) -> str:
         """Say it in a line."""
         low, high = self.interval
         trained = "" if self.train_accuracy is None else f" ({self.train_accuracy:.1f} % on them)"
+        further = "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in self.scores.items())
         return (
             f"{self.protocol}: {self.accuracy:.1f} % of {self.n_val:,} images (95 % interval {low:.1f} to "
-            f"{high:.1f}), macro F1 {self.macro_f1:.3f}, fitted on {self.n_train:,}{trained}"
+            f"{high:.1f}), macro F1 {self.macro_f1:.3f}{further}, fitted on {self.n_train:,}{trained}"
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -207,14 +224,39 @@ def macro_f1(targets: Labels, predictions: Labels, n_classes: int) -> float:
     Raises:
         DataError: The arrays differ in length, are empty, or hold a label outside the range.
     """
-    return float(np.nanmean(_f1(targets, predictions, n_classes)))
+    return float(np.nanmean(_f1(confusion_matrix(targets, predictions, n_classes))))
+
+
+def confusion_matrix(targets: Labels, predictions: Labels, n_classes: int) -> Labels:
+    """Count how often each class (row) was taken for each class (column).
+
+    Args:
+        targets: int64 (n,), 0..n_classes - 1.
+        predictions: int64 (n,) or (draws, n), likewise.
+        n_classes: Number of classes K.
+
+    Returns:
+        int64 (K, K).
+
+    Raises:
+        DataError: The arrays differ in length, are empty, or hold a label outside the range.
+    """
+    given = predictions.shape[-1]
+    if given != len(targets) or len(targets) == 0:
+        raise DataError(
+            f"predictions: got {given:,} for {len(targets):,} targets, expected one for each and at least one"
+        )
+    low, high = min(targets.min(), predictions.min()), max(targets.max(), predictions.max())
+    if low < 0 or high >= n_classes:
+        raise DataError(f"labels from {low} to {high}: expected 0 to {n_classes - 1}")
+    pairs = n_classes * targets + predictions
+    return np.bincount(pairs.ravel(), minlength=n_classes**2).reshape(n_classes, n_classes)
 
 
 def paired_bootstrap(a: Report, b: Report, *, draws: int = 10_000, seed: int = 0) -> Difference:
     """Compare two reports on the same test images, in percentage points of accuracy: `a` minus `b`.
 
-    The images are drawn again with replacement, each with what both predicted. An image adds 1, 0 or -1 to the
-    difference, so that drawing n of them is drawing the counts of the three from a multinomial distribution.
+    The images are drawn again with replacement, each with what both predicted.
 
     Args:
         a: What is compared.
@@ -230,11 +272,9 @@ def paired_bootstrap(a: Report, b: Report, *, draws: int = 10_000, seed: int = 0
             f"a and b differ in their test images ({a.n_val:,} and {b.n_val:,}) or classes: expected reports on "
             "the same images in the same order"
         )
-    gain = (a.predictions == a.targets).astype(np.int64) - (b.predictions == b.targets)
-    counts = np.bincount(gain + 1, minlength=3)
-    drawn = np.random.default_rng(seed).multinomial(len(gain), counts / len(gain), size=draws)
-    low, high = np.percentile(100 * (drawn[:, 2] - drawn[:, 0]) / len(gain), _PERCENTILES)
-    return Difference(100 * float(gain.mean()), (float(low), float(high)))
+    right, other = (np.atleast_2d(report.predictions == report.targets).mean(axis=0) for report in (a, b))
+    gain = 100.0 * (right - other)
+    return Difference(float(gain.mean()), _interval(gain, seed, draws))
 
 
 def table(rows: Sequence[tuple[str, Report]]) -> str:
@@ -267,31 +307,20 @@ def table(rows: Sequence[tuple[str, Report]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _f1(targets: Labels, predictions: Labels, n_classes: int) -> npt.NDArray[np.float64]:
+def _f1(confusion: Labels) -> npt.NDArray[np.float64]:
     """F1 of each class, NaN for those that neither occur nor were predicted."""
-    if len(targets) != len(predictions) or len(targets) == 0:
-        raise DataError(
-            f"predictions: got {len(predictions):,} for {len(targets):,} targets, expected one for each and at "
-            "least one"
-        )
-    labels = np.concatenate([targets, predictions])
-    if labels.min() < 0 or labels.max() >= n_classes:
-        raise DataError(f"labels from {labels.min()} to {labels.max()}: expected 0 to {n_classes - 1}")
-    hits = np.bincount(targets[predictions == targets], minlength=n_classes)
-    mentions = np.bincount(labels, minlength=n_classes)
     # F1 = 2 TP / (2 TP + FP + FN), and what is below is the number of targets plus that of predictions.
-    return np.where(mentions > 0, 2.0 * hits / np.maximum(mentions, 1), np.nan)
+    mentions = confusion.sum(axis=0) + confusion.sum(axis=1)
+    return np.where(mentions > 0, 2.0 * confusion.diagonal() / np.maximum(mentions, 1), np.nan)
 
 
-def _accuracy(predictions: Labels, targets: Labels) -> float:
-    return 100 * float(np.mean(predictions == targets))
+def _interval(values: npt.NDArray[np.float64], seed: int, draws: int = 10_000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of values (n,), one an image.
 
-
-def _interval(correct: npt.NDArray[np.bool_], seed: int, draws: int = 10_000) -> tuple[float, float]:
-    """95 % bootstrap interval of the accuracy, percent.
-
-    Drawing n images again with replacement gives a binomial number of correct ones.
+    Drawing n images again with replacement is drawing how often each distinct value comes, from a multinomial
+    distribution.
     """
-    drawn = np.random.default_rng(seed).binomial(len(correct), correct.mean(), size=draws)
-    low, high = np.percentile(100 * drawn / len(correct), _PERCENTILES)
+    levels, counts = np.unique(-values, return_counts=True)  # in falling order
+    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=draws)
+    low, high = np.percentile(drawn @ -levels / len(values), _PERCENTILES)
     return float(low), float(high)

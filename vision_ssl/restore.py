@@ -79,7 +79,7 @@ def _load_full(
 ) -> SimCLRModel | MAEModel:
     card = hub.read_card(name, **where)
     recipe = _recipe_in(card, name)
-    model = hub.load_model(recipe.build, name, **where) if pretrained else recipe.build()
+    model = hub.load_model(recipe.build, name, pretrained=pretrained, **where)
     model.to(device=None if device is None else pick_device(str(device)), dtype=dtype)
     hub.attach(model, recipe.image_size, recipe.channels, card)
     return cast(SimCLRModel | MAEModel, model.eval())
@@ -97,7 +97,10 @@ def recipe_of(name: str | os.PathLike[str]) -> Recipe:
 def _recipe_in(card: dict[str, Any], name: str | os.PathLike[str]) -> Recipe:
     if "recipe" not in card:
         raise WeightsError(f"{str(name)!r} has no recipe in its card: expected weights that this package trained")
-    recipe = recipe_from_dict(card["recipe"])
+    try:
+        recipe = recipe_from_dict(card["recipe"])
+    except RecipeError as error:
+        raise WeightsError(f"{str(name)!r} has a recipe that is none: {str(error)[:200]}") from error
     if isinstance(recipe, MAE) and recipe.decoder_depth > _MOST_BLOCKS:
         raise WeightsError(f"{str(name)!r} has a decoder of {recipe.decoder_depth:.3g} blocks: expected far fewer")
     return recipe
@@ -110,8 +113,12 @@ def random_encoder(name: str | os.PathLike[str], *, seed: int = 0) -> hub.Encode
         WeightsError: The name is unknown, or its card has no recipe.
     """
     recipe = recipe_of(name)
-    torch.manual_seed(seed)
-    encoder = cast(nn.Module, recipe.build().encoder)
+
+    def build() -> nn.Module:
+        torch.manual_seed(seed)
+        return recipe.build()
+
+    encoder = cast(nn.Module, hub.load_model(build, name, pretrained=False).encoder)
     return hub.attach(encoder, recipe.image_size, recipe.channels, card={}).eval()
 
 

@@ -28,7 +28,7 @@ from .layouts import ENCODERS, TIMM_VIT, TRANSFORMERS, Found
 from .pickles import flatten, read_checkpoint
 
 UNKNOWN_LICENCE = "unknown: see its source"
-MAE_LICENCE = "CC-BY-NC 4.0 where facebookresearch/mae published these weights; otherwise " + UNKNOWN_LICENCE
+MAE_LICENCE = "CC-BY-NC-4.0 where facebookresearch/mae published these weights; otherwise " + UNKNOWN_LICENCE
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import hub
 from ..errors import MissingExtraError, WeightsError
-from ..locate import HEAD_FILE
-from ..recipes import MAE, recipe_from_dict
+from ..locate import locate
+from ..recipes import MAE
+from ..restore import load, recipe_of
 from ..storage import check_new_folder, save_json, save_tensors, write_whole
 
 Format = Literal["transformers", "onnx", "torch.export"]
@@ -135,12 +136,10 @@ def _onnx(name: str | os.PathLike[str], encoder: hub.Encoder, directory: Path) -
 def _transformers(name: str | os.PathLike[str], encoder: hub.Encoder, directory: Path) -> Path:
     if not hasattr(encoder, "blocks"):
         raise WeightsError(f"{str(name)!r} is a ResNet: expected a ViT for format='transformers'")
-    card = encoder.card
-    recipe = recipe_from_dict(card["recipe"]) if "recipe" in card else None
+    recipe = recipe_of(name) if "recipe" in encoder.card else None
     config = _vit_config(encoder)
-    if isinstance(recipe, MAE) and HEAD_FILE in card["sha256"]:
-        model = cast(Any, recipe.build())
-        hub.load_into(model, name, head_required=True)
+    if isinstance(recipe, MAE) and locate(name).has_head():
+        model = cast(Any, load(name, part="full"))
         # Rows come before columns in our decoder's table, and after them in MAE's own, but a table is a table.
         decoder = model.head.state_dict() | {"position": model.head.position}
         tensors = _renamed(encoder.state_dict(), _ENCODER, "vit.") | _renamed(decoder, _DECODER, "decoder.")

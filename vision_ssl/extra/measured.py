@@ -2,18 +2,15 @@
 
 import os
 from dataclasses import dataclass
-from typing import cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from .. import hub
 from ..data import ImageSet, Source
 from ..errors import RecipeError
 from ..features import Features, extract, images_for, pixel_features
-from ..probe import knn, linear
+from ..neighbours import knn
+from ..probe import linear
 from ..report import Report
 
 K = 20  # neighbours that vote
@@ -40,19 +37,10 @@ def open_samples(
     if per_class < 2:
         raise RecipeError(f"per_class={per_class}: expected at least 2, of which a probe holds one out")
     train, val = (
-        _sample(images_for(encoder, data, split=split, cache_dir=cache_dir, require_labels=True)[0], per_class)
+        images_for(encoder, data, split=split, cache_dir=cache_dir, require_labels=True)[0].per_class(per_class)
         for split in ("train", "val")
     )
     return Samples(train, val)
-
-
-def _sample(images: ImageSet, per_class: int) -> ImageSet:
-    """At most `per_class` images of each class, drawn by a fixed seed; the source itself if it has no more."""
-    labels = cast(Tensor, images.labels)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    shuffled = labels[order]
-    kept = torch.cat([order[shuffled == label][:per_class] for label in range(len(images.classes))])
-    return images if len(kept) == len(images) else images.select(kept.sort().values)
 
 
 def features_of(
@@ -72,9 +60,3 @@ def pixels_of(samples: Samples, cache_dir: str | os.PathLike[str] | None = None)
 def probes(train: Features, val: Features) -> tuple[Report, Report]:
     """A linear probe, and the vote of the nearest neighbours."""
     return linear(train, val), knn(train, val, k=min(K, len(train)))
-
-
-def confusion(report: Report) -> npt.NDArray[np.int64]:
-    """How many images of each class (row) were taken for each class (column)."""
-    n = len(report.per_class)
-    return np.bincount(report.targets * n + report.predictions, minlength=n * n).reshape(n, n)

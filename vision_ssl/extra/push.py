@@ -63,7 +63,7 @@ def push(run: Path, repo: str, *, private: bool = False, tag: str | None = None,
         dry_run: Send nothing, and ask nothing of the Hub.
 
     Raises:
-        WeightsError: There are no weights, or not those that their card lists; the Hub refuses or cannot be reached;
+        WeightsError: `run` holds no weights, or not those that their card lists; the Hub refuses or cannot be reached;
             the repository is public while `private` is asked for, or the tag is another commit's.
     """
     if not is_repo(repo):
@@ -90,6 +90,11 @@ def push_zoo(owner: str, *, private: bool = False, tag: str | None = None, dry_r
 
 def _collect(weights: Path, run: Path, repo: str, folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     """All files of the repository; those that are made for it go into `folder`."""
+    for name in (CONFIG_FILE, ENCODER_FILE):  # no name of a model either, which `locate` would take
+        if not (weights / name).is_file():
+            raise WeightsError(
+                f"run={str(run)!r} has no {name}: expected the directory of a run, or a folder of weights"
+            )
     hashes = locate(weights).card.get("sha256", {})
     files = {name: weights / name for name in (ENCODER_FILE, HEAD_FILE, CONFIG_FILE) if (weights / name).is_file()}
     for name, path in files.items():

@@ -21,7 +21,7 @@ from .charts import Group, Numbers, interval_chart, panels, scatter
 from .glimpses import principal_components
 from .history import pretraining_charts, probe_chart
 from .html import Child, Markup, Section, data_table, facts, figure, page, scrolling, tag
-from .measured import PIXELS, Samples, confusion, features_of, open_samples, pixels_of, probes
+from .measured import PIXELS, Samples, features_of, open_samples, pixels_of, probes
 from .pictures import heat_map
 
 PRETRAINED, UNTRAINED = "pretrained", "untrained"
@@ -160,7 +160,7 @@ def _classes(report: Report) -> list[Child]:
 
 
 def _confusions(report: Report) -> list[Child]:
-    counts, classes = confusion(report), list(report.per_class)
+    counts, classes = report.confusion(), list(report.per_class)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     mistakes = counts - np.diag(np.diag(counts))
     order = np.argsort(-mistakes, axis=None, kind="stable")[:PAIRS]

@@ -1,0 +1,206 @@
+"""The jobs of `README.md` beside this file: each is one command that needs nobody, and goes on where it was stopped.
+
+    python -m benchmarks.gpu.job simclr_resnet18 --data /tmp/tiny-imagenet-200 --work /tmp/work --out out --minutes 9
+
+What has to outlive a call lies in `--work`: decoded images and runs. Repeat the command until it says that the job is
+done; what is to be kept is then in `--out`, in parts that `pack.py` joins. `--tiny` rehearses a job on a CPU.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from benchmarks.gpu.pack import INDEX, split
+from vision_ssl.pretrain import Run
+
+UNFINISHED = 3  # exit status of a call after which another one is needed
+SAVING = 0.5  # minutes that a training call keeps for its end
+BATCH = 4  # parts that leave with a call
+TINY_DATA = "fashion-mnist-mini"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model to train, and what is measured of it.
+
+    Attributes:
+        method: `simclr` or `mae`.
+        settings: Options of `vision-ssl train`.
+        epochs: Of the training.
+        tiny: Options of a rehearsal.
+        every: Epochs between two looks, and between two encoders of the probe curve.
+        finetune: Epochs of fine-tuning; 0 for none.
+    """
+
+    method: str
+    settings: str
+    epochs: int
+    tiny: str
+    every: int = 20
+    finetune: int = 0
+
+
+SIMCLR = "--batch-size 1024 --fast-views"
+MAE = "--batch-size 1024 --base-lr 3e-4"
+TINY = "--batch-size 500 --image-size 16"
+TINY_VIT = f"{TINY} --patch-size 8 --decoder-depth 1 --decoder-dim 32"
+TRAININGS = {
+    "simclr_resnet18": Training("simclr", f"--encoder resnet18 {SIMCLR}", 200, TINY),
+    "mae_vit_small": Training("mae", f"--encoder vit_small {MAE}", 400, TINY_VIT, finetune=30),
+    "simclr_resnet50": Training("simclr", f"--encoder resnet50 {SIMCLR}", 40, TINY),
+    "mae_vit_base": Training("mae", f"--encoder vit_base {MAE}", 100, TINY_VIT, finetune=15),
+    "mae_resnet18": Training("mae", f"--encoder resnet18 {MAE}", 200, TINY),
+    "mae_vit_tiny": Training("mae", f"--encoder vit_tiny {MAE}", 400, TINY_VIT, finetune=30),
+    "cifar10_speed": Training("simclr", f"--preset small-32 --encoder resnet18 {SIMCLR}", 300, TINY),
+}
+JOBS = ("smoke", "throughput", *TRAININGS)
+
+
+@dataclass
+class Arguments:
+    """What to do, and where.
+
+    Attributes:
+        job: One of `JOBS`.
+        work: Folder that lasts from call to call.
+        out: Folder for what is to be kept.
+        data: A labelled source with a training and a validation split.
+        minutes: Of this call.
+        epochs: Of the training, if not the job's own.
+        device: Where to compute.
+        tiny: Rehearse: few images, small batches, one epoch.
+        seed: Of the training.
+        batch: Which of the parts leave with this call, where they are too many for one: 0, then 1, ...
+    """
+
+    job: tyro.conf.Positional[str]
+    work: Path
+    out: Path
+    data: str = TINY_DATA
+    minutes: float = 9.0
+    epochs: int | None = None
+    device: str = "auto"
+    tiny: bool = False
+    seed: int = 0
+    batch: int = 0
+    began: tyro.conf.Suppress[float] = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """Minutes of this call that are left."""
+        return self.minutes - (time.monotonic() - self.began) / 60
+
+
+def run(*words: object) -> None:
+    """Run a Python module or script of this repository, and stop with it if it fails."""
+    command = [sys.executable, *map(str, words)]
+    print("$", shlex.join(command[1:]), flush=True)
+    subprocess.run(command, check=True)
+
+
+def smoke(arguments: Arguments) -> None:
+    """Everything once on this device, in little: so that no later job fails on a trifle."""
+    for method, options in (("simclr", TINY), ("mae", TINY_VIT)):
+        out = arguments.work / f"smoke-{method}"
+        train = ["-m", "vision_ssl", "train", method, TINY_DATA, "--out", out, "--device", arguments.device, *looks(5)]
+        shutil.rmtree(out, ignore_errors=True)
+        compile = "off" if arguments.tiny else "on"
+        run(*train, *options.split(), "--epochs", 10, "--compile", compile, "--time-limit", 0)
+        run(*train, "--resume")
+        measure(out, TINY_DATA, arguments, finetune=1)
+
+
+def throughput(arguments: Arguments) -> None:
+    """Images a second, beside peers."""
+    tiny = ["--tiny"] if arguments.tiny else []
+    result = arguments.out / "throughput.json"
+    run("-m", "benchmarks.throughput", "--device", arguments.device, *tiny, "--out", result)
+
+
+def train(arguments: Arguments, job: Training) -> None:
+    """Train within the time of this call, then measure, then pack."""
+    out = arguments.work / f"{arguments.job}-{arguments.seed}"
+    if not finished(out):
+        epochs = 1 if arguments.tiny else arguments.epochs or job.epochs
+        settings = [*job.settings.split(), *(job.tiny.split() if arguments.tiny else []), "--seed", arguments.seed]
+        how = ["--resume"] if (out / "run.json").exists() else [*settings, "--epochs", epochs]
+        where = ["--out", out, "--cache-dir", arguments.work / "cache", "--device", arguments.device]
+        when = [*looks(1 if arguments.tiny else job.every), "--time-limit", max(0.1, arguments.left - SAVING)]
+        run("-m", "vision_ssl", "train", job.method, arguments.data, *where, *when, *how)
+    if not finished(out):
+        unfinished("the training")
+    if not (out / "results").exists():
+        if arguments.left < arguments.minutes / 2 and not arguments.tiny:
+            unfinished("the measurements")
+        measure(out, arguments.data, arguments, finetune=1 if arguments.tiny and job.finetune else job.finetune)
+    pack(out, arguments.out, arguments.batch)
+
+
+def looks(epochs: int) -> list[object]:
+    """What a resumed run has to be told again: how often to look at the encoder, and to keep it."""
+    return ["--look-epochs", epochs, "--keep-epochs", epochs]
+
+
+def finished(out: Path) -> bool:
+    """Whether a run has had all its steps."""
+    return (out / "weights" / "config.json").exists() and bool(Run(out).encoder.card["training"]["finished"])
+
+
+def unfinished(what: str) -> None:
+    """Leave, and say that another call is needed."""
+    print(f"{what} is not done: repeat the command")
+    sys.exit(UNFINISHED)
+
+
+def measure(out: Path, data: str, arguments: Arguments, *, finetune: int) -> None:
+    """The table's figures, and the curve over the kept encoders."""
+    device = ["--device", arguments.device]
+    curve = ["--every-checkpoint", "--protocol", "linear-sgd-study-b"]
+    run("-m", "vision_ssl", "probe", out, "--train", data, "--val", data, *curve, *device)
+    tuning = ["--finetune", finetune] if finetune else []
+    results = out / "results.part"
+    run("benchmarks/reproduce.py", "--data", data, "--models", out, *tuning, *device, "--out", results)
+    results.rename(out / "results")  # whole, or not there
+
+
+def pack(out: Path, target: Path, batch: int) -> None:
+    """Everything of a run that is to be kept, in parts, of which a batch leaves with this call."""
+    parts = out / "parts"
+    if not (parts / INDEX).exists():
+        kept = out / "kept"
+        shutil.rmtree(kept, ignore_errors=True)
+        for name in ("weights", "results"):
+            shutil.copytree(out / name, kept / name)
+        for path in [*out.glob("probe_curve.*"), out / "run.json", out / "metrics.jsonl"]:
+            shutil.copy(path, kept)
+        split(kept, parts)
+    every = sorted(parts.glob("*.part"))
+    for path in [parts / INDEX, *every[batch * BATCH : (batch + 1) * BATCH]]:
+        shutil.copy(path, target)
+    if (batch + 1) * BATCH < len(every):
+        unfinished(f"batch {batch} of {len(every)} parts is in {target}, but the transfer (--batch {batch + 1})")
+    print(f"{len(every)} parts in all: the job is done")
+
+
+def main(arguments: Arguments) -> None:
+    """Do one job, or as much of it as the time allows."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.job == "smoke":
+        smoke(arguments)
+    elif arguments.job == "throughput":
+        throughput(arguments)
+    elif arguments.job in TRAININGS:
+        train(arguments, TRAININGS[arguments.job])
+    else:
+        sys.exit(f"job={arguments.job!r} is unknown: expected one of {', '.join(JOBS)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,89 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import job
+from benchmarks.gpu.pack import INDEX, join, split
+from vision_ssl import cli
+from vision_ssl.options import RunOptions
+from vision_ssl.recipes import Recipe
+
+README = Path(job.__file__).with_name("README.md")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    kept = tmp_path / "kept"
+    (kept / "weights").mkdir(parents=True)
+    (kept / "run.json").write_text("{}")
+    (kept / "weights" / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    (kept / "weights" / "empty").write_bytes(b"")
+    return kept
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_split_is_joined_again(tmp_path: Path, folder: Path) -> None:
+    index, *parts = split(folder, tmp_path / "parts", size=10_000)
+    assert index.name == INDEX
+    assert len(parts) > 2
+    assert all(path.stat().st_size <= 10_000 for path in parts)
+    join(tmp_path / "parts", tmp_path / "joined")
+    assert contents(tmp_path / "joined") == contents(folder)
+
+
+def test_a_missing_or_changed_part_is_refused(tmp_path: Path, folder: Path) -> None:
+    _, *parts = split(folder, tmp_path / "parts", size=10_000)
+    whole = parts[1].read_bytes()
+    parts[1].unlink()
+    with pytest.raises(SystemExit, match=r"parts lacks 01\.part"):
+        join(tmp_path / "parts", tmp_path / "joined")
+    parts[1].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(SystemExit, match=r"has SHA-256 [0-9a-f]{64}: expected"):
+        join(tmp_path / "parts", tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
+
+
+def test_parts_leave_in_batches(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    for name in ("weights", "results"):
+        (run / name).mkdir(parents=True)
+        (run / name / "file").write_bytes(bytes(40_000))
+    for name in ("run.json", "metrics.jsonl", "probe_curve.csv"):
+        (run / name).write_text(name)
+    monkeypatch.setattr(job, "split", lambda kept, parts: split(kept, parts, size=20_000))
+    together = tmp_path / "together"
+    together.mkdir()
+    with pytest.raises(SystemExit) as leaving:
+        job.pack(run, together, batch=0)
+    assert leaving.value.code == job.UNFINISHED
+    assert len(list(together.iterdir())) == 1 + job.BATCH
+    job.pack(run, together, batch=1)
+    join(together, tmp_path / "joined")
+    names = {"weights/file", "results/file", "run.json", "metrics.jsonl", "probe_curve.csv"}
+    assert set(contents(tmp_path / "joined")) == names
+
+
+@pytest.mark.parametrize("name", job.TRAININGS)
+@pytest.mark.parametrize("tiny", [False, True])
+def test_every_training_is_a_valid_command(name: str, tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Recipe, RunOptions]] = []
+
+    def remember(recipe: Recipe, source: str, options: RunOptions) -> None:
+        asked.append((recipe, options))
+
+    monkeypatch.setattr("vision_ssl.pretrain.pretrain", remember)
+    training = job.TRAININGS[name]
+    settings = training.settings.split() + (training.tiny.split() if tiny else [])
+    cli.main(["train", training.method, "data", "--epochs", "3", *settings])
+    [(recipe, _)] = asked
+    assert recipe.encoder == ("resnet18" if name == "cifar10_speed" else name.partition("_")[2])
+    assert recipe.batch_size == (500 if tiny else 1024)
+
+
+def test_the_queue_lists_every_job_in_its_order() -> None:
+    rows = re.findall(r"^\| \d+ \| `(\w+)` \|", README.read_text(), re.MULTILINE)
+    assert rows == list(job.JOBS)

@@ -1,0 +1,66 @@
+"""Images that are in the training and in the validation split, which make a probe's score better than it is."""
+
+import hashlib
+from collections import defaultdict
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .data import ImageSet
+from .errors import DataError
+from .features import Features
+
+BLOCK = 1 << 24  # similarities at a time: 64 MB
+
+
+def exact_twins(train: ImageSet, val: ImageSet) -> list[tuple[str, str]]:
+    """Pairs of a training and a validation image whose decoded pixels are all equal, as their paths.
+
+    Args:
+        train: Training images.
+        val: Validation images of the same size and channels.
+
+    Raises:
+        DataError: The images have different shapes.
+    """
+    if train.pixels.shape[1:] != val.pixels.shape[1:]:
+        shapes = [tuple(images.pixels.shape[1:]) for images in (val, train)]
+        raise DataError(f"val: images are {shapes[0]}, expected {shapes[1]} as in train")
+    known: dict[bytes, list[str]] = defaultdict(list)
+    for path, content in zip(train.paths, _contents(train.pixels), strict=True):
+        known[content].append(path)
+    return [
+        (twin, path)
+        for path, content in zip(val.paths, _contents(val.pixels), strict=True)
+        for twin in known.get(content, ())
+    ]
+
+
+def _contents(pixels: Tensor) -> list[bytes]:
+    """What identifies the pixels of each image: 16 bytes, equal by chance once in 10^28 for 100,000 images."""
+    return [hashlib.blake2b(image.numpy(), digest_size=16).digest() for image in pixels.contiguous()]
+
+
+def near_twins(train: Features, val: Features, *, count: int = 20) -> list[tuple[str, str, float]]:
+    """The most similar pairs of a training and a validation image, to be looked at: what is too near depends on both.
+
+    Of each validation image, the nearest training image takes part.
+
+    Args:
+        train: Features of the training images.
+        val: Features of the validation images, by the same encoder.
+        count: How many pairs at most.
+
+    Returns:
+        Path of the training image, path of the validation image, and cosine similarity, the most similar first.
+    """
+    index = F.normalize(train.features)
+    pairs = []
+    rows = max(1, BLOCK // len(train))
+    for start, queries in zip(range(0, len(val), rows), val.features.split(rows), strict=True):
+        nearest = (F.normalize(queries) @ index.T).max(dim=1)
+        for row, (similarity, twin) in enumerate(
+            zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True), start
+        ):
+            pairs.append((train.paths[twin], val.paths[row], similarity))
+    return sorted(pairs, key=lambda pair: -pair[2])[:count]
