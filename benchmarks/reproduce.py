@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import tyro
 
-from vision_ssl import Features, Report, extract, finetune, list_models, load
+from vision_ssl import Features, Report, extract, finetune, load
 from vision_ssl.clustering import cluster
 from vision_ssl.data import Split
 from vision_ssl.device import native_bf16, pick_device
@@ -26,6 +26,7 @@ from vision_ssl.linear_sgd import STUDY_B
 from vision_ssl.neighbours import knn
 from vision_ssl.pretrain import commit_of_package, describe_machine
 from vision_ssl.probe import linear, linear_sgd, resubstitution
+from vision_ssl.registry import WEIGHTS
 from vision_ssl.retrieval import retrieval
 from vision_ssl.storage import save_json
 
@@ -63,7 +64,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Measure, save the JSON, and print the tables."""
-    for name in arguments.models or list_models():
+    for name in arguments.models or [weights.name for weights in WEIGHTS]:
         encoder = load(name)
         for source in (arguments.data, *arguments.transfer):
             print(f"{name} on {source}", flush=True)

@@ -135,7 +135,7 @@ def protocols_table(folder: Path = REPRODUCED) -> str:
         shown_means = [pattern.format(mean) for mean in means]
         rows.append([f"`{protocol}`", figure.replace("_", " "), *shown_means, f"{means[-1] / means[0]:.1f}"])
     names = [f"`{record['model']['name']}`" for record in records]
-    return table(["protocol", "figure", *names, "the last to the first"], rows)
+    return table(["protocol", "figure", *names, "second to first"], rows)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
