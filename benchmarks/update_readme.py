@@ -44,7 +44,7 @@ PROTOCOLS = (
     ("cluster", "nmi", "{:.3f}"),
     ("resubstitution", "accuracy", "{:.1f} %"),
 )
-SPEED_GROUPS = ("augment", "pipeline", "loss", "step", "decode", "probe")
+SPEED_GROUPS = ("augment", "photographs", "pipeline", "loss", "step", "extract", "decode", "probe")
 
 
 def models_table() -> str:
