@@ -63,7 +63,7 @@ def test_most_similar_pairs_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     val[7], val[20] = 3 * train[4], train[11] + 0.01
     cosine = torch.nn.functional.cosine_similarity(val[:, None], train[None], dim=2)
     for block in (1, 100, 1 << 20):
-        monkeypatch.setattr("vision_ssl.leakage.BLOCK", block)
+        monkeypatch.setattr("vision_ssl.neighbours.BLOCK", block)
         pairs = near_twins(features(train, "t"), features(val, "v"), count=5)
         assert [pair[:2] for pair in pairs[:2]] == [("t4", "v7"), ("t11", "v20")]
         assert [pair[2] for pair in pairs] == pytest.approx(cosine.max(dim=1).values.sort(descending=True).values[:5])

@@ -53,10 +53,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[
             )
     model.load_state_dict(weights)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter, kept in ((parameters[number], kept) for number, kept in state.items()):
+    for number, kept in state.items():
         for name, tensor in kept.items():
-            if tensor.shape == parameter.shape:
+            if tensor.shape == parameters[number].shape:
                 # In the parameter's order of memory, such as channels_last: fused optimisers go by it alone.
-                kept[name] = torch.empty_like(parameter).copy_(tensor)
+                kept[name] = torch.empty_like(parameters[number]).copy_(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return facts

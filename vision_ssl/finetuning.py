@@ -24,7 +24,7 @@ from . import hub
 from .augment import Draws, crop_resize, in_blocks, random_boxes
 from .cpu import use_fast_kernels
 from .data import ImageSet, Preprocess, Source, normalise
-from .device import brought_near, native_bf16
+from .device import brought_near, fastest_convolutions, native_bf16
 from .errors import RecipeError, TrainingError
 from .features import images_for
 from .optim import schedule_factor
@@ -89,7 +89,7 @@ def finetune(
     if len(labels) < how.batch_size:
         raise RecipeError(f"batch_size={how.batch_size}: expected at most {len(labels):,}, the number of images")
     where = next(module.parameters()).device if device is None else torch.device(device)
-    with torch.random.fork_rng([where] if where.type == "cuda" else []):
+    with torch.random.fork_rng([where] if where.type == "cuda" else []), fastest_convolutions():
         torch.manual_seed(seed)
         model = with_head(module if in_place else copy.deepcopy(module), len(train_images.classes), how.drop_path)
         done = _train(model.to(where), train_images, preprocess, how, where, seed, time_limit)
@@ -228,7 +228,7 @@ def _train(
     if device.type == "cpu":
         use_fast_kernels(model, bf16=bf16)
     model.to(memory_format=torch.channels_last).train()
-    optimizer = AdamW(layer_groups(model, how), betas=BETAS)
+    optimizer = AdamW(layer_groups(model, how), betas=BETAS, fused=True)
     pixels = brought_near(images.pixels, device)
     labels = cast(Tensor, images.labels).to(pixels.device)
     steps_per_epoch = len(images) // how.batch_size

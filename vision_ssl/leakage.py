@@ -3,14 +3,14 @@
 import hashlib
 from collections import defaultdict
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .data import ImageSet
 from .errors import DataError
 from .features import Features
-
-BLOCK = 1 << 24  # similarities at a time: 64 MB
+from .neighbours import similarities
 
 
 def exact_twins(train: ImageSet, val: ImageSet) -> list[tuple[str, str]]:
@@ -54,13 +54,11 @@ def near_twins(train: Features, val: Features, *, count: int = 20) -> list[tuple
     Returns:
         Path of the training image, path of the validation image, and cosine similarity, the most similar first.
     """
-    index = F.normalize(train.features)
-    pairs = []
-    rows = max(1, BLOCK // len(train))
-    for start, queries in zip(range(0, len(val), rows), val.features.split(rows), strict=True):
-        nearest = (F.normalize(queries) @ index.T).max(dim=1)
-        for row, (similarity, twin) in enumerate(
-            zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True), start
-        ):
-            pairs.append((train.paths[twin], val.paths[row], similarity))
-    return sorted(pairs, key=lambda pair: -pair[2])[:count]
+    index, queries = F.normalize(train.features), F.normalize(val.features)
+    nearest = [block.max(dim=1) for block in similarities(index, queries, leave_one_out=False)]
+    cosine, twins = (torch.cat(parts) for parts in zip(*nearest, strict=True))
+    best = cosine.topk(min(count, len(val)))
+    return [
+        (train.paths[twins[row]], val.paths[row], similarity)
+        for similarity, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]

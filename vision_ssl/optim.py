@@ -53,13 +53,13 @@ class LARS(Optimizer):
         for group in self.param_groups:
             # One call for all parameters: on a GPU, to start a kernel for each takes longer than to run it.
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
             gradients = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 if not self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-            if not parameters:
-                continue
             updates = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
             if group["adapt"]:
                 norms, update_norms = (torch.stack(torch._foreach_norm(of)) for of in (parameters, updates))

@@ -48,4 +48,7 @@ def uniformity(projections: Tensor) -> Tensor:
     Wang & Isola 2020, equation 2 with t 2, of the first `PAIRS` projections (B, P), as unit vectors.
     """
     some = F.normalize(projections[:PAIRS].float(), dim=1)
-    return torch.pdist(some).square().mul(-2).exp().mean().log()
+    with torch.autocast(some.device.type, enabled=False):  # which would multiply in bfloat16
+        potential = (4 * (some @ some.mT) - 4).exp()  # -2 |a - b|^2 of unit vectors; torch.pdist lacks Apple's GPUs
+    pairs = potential.sum() - potential.diagonal().sum()
+    return (pairs / (len(some) * (len(some) - 1))).log()

@@ -1,6 +1,6 @@
 """The jobs of `README.md` beside this file: each is one command that needs nobody, and goes on where it was stopped.
 
-    python -m benchmarks.gpu.job simclr_resnet18 --data /tmp/tiny-imagenet-200 --work /tmp/work --out out --minutes 9
+    python -m benchmarks.gpu.job simclr_resnet18 --data tiny-imagenet-200 --work work --out out --minutes 9
 
 What has to outlive a call lies in `--work`: decoded images and runs. Repeat the command until it says that the job is
 done; what is to be kept is then in `--out`, in parts that `pack.py` joins. `--tiny` rehearses a job on a CPU.
@@ -17,7 +17,8 @@ from pathlib import Path
 import tyro
 
 from benchmarks.gpu.pack import INDEX, split
-from vision_ssl.pretrain import Run
+from vision_ssl.config import CONFIG_FILE
+from vision_ssl.hub import read_card
 
 UNFINISHED = 3  # exit status of a call after which another one is needed
 SAVING = 0.5  # minutes that a training call keeps for its end
@@ -149,7 +150,7 @@ def looks(epochs: int) -> list[object]:
 
 def finished(out: Path) -> bool:
     """Whether a run has had all its steps."""
-    return (out / "weights" / "config.json").exists() and bool(Run(out).encoder.card["training"]["finished"])
+    return (out / "weights" / CONFIG_FILE).exists() and bool(read_card(out)["training"]["finished"])
 
 
 def unfinished(what: str) -> None:
