@@ -32,8 +32,8 @@ recipes
 pretrain
 diagnosis monitor
 finetuning
-probe leakage
-attentive clustering fewshot linear_sgd retrieval
+probe
+attentive clustering fewshot leakage linear_crops linear_sgd retrieval
 neighbours
 pairs
 features
@@ -56,7 +56,8 @@ decode
 checkpoint
 storage
 cpu distributed device logistic optim spread
-options presets
+options
+presets
 errors
 """
 LEVEL = {name: level for level, line in enumerate(LEVELS.split("\n")) for name in line.split()}

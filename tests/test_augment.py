@@ -8,6 +8,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from vision_ssl.augment import (
     BLOCK,
+    LARGE,
     Draws,
     crop_resize,
     draw_blur,
@@ -120,7 +121,7 @@ def test_boxes_are_drawn_for_each_image() -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [8, 24, 40, 60])
+@pytest.mark.parametrize("size", [8, 24, 40, 60, LARGE])
 def test_crops_equal_torchvisions(size: int, interpolation: str) -> None:
     pixels = random_pixels(40)
     boxes = random_boxes(draws(40), 40, 48, scale=(0.02, 1.0))
@@ -136,13 +137,24 @@ def test_crops_equal_torchvisions(size: int, interpolation: str) -> None:
         torch.testing.assert_close(view, expected.clamp(0, 1), rtol=0, atol=0.5 / 255)
 
 
-def test_whole_image_at_its_own_size_is_left_alone() -> None:
-    pixels = random_pixels(2, height=20, width=20)
-    boxes = torch.tensor([[0.0, 0.0, 20.0, 20.0]]).expand(2, 4)
+@pytest.mark.parametrize("size", [20, LARGE])
+def test_whole_image_at_its_own_size_is_left_alone(size: int) -> None:
+    pixels = random_pixels(2, height=size, width=size)
+    boxes = torch.tensor([[0.0, 0.0, size, size]]).expand(2, 4)
     for interpolation in ("bilinear", "bicubic"):
-        views = crop_resize(pixels, boxes, torch.tensor([False, True]), size=20, interpolation=interpolation)
+        views = crop_resize(pixels, boxes, torch.tensor([False, True]), size=size, interpolation=interpolation)
         torch.testing.assert_close(views[0], pixels[0] / 255)
         torch.testing.assert_close(views[1], pixels[1].flip(2) / 255)
+
+
+def test_large_crops_of_a_whole_batch_as_on_a_gpu_equal_those_of_single_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pixels, boxes = random_pixels(30), random_boxes(draws(30), 40, 48, scale=(0.02, 1.0))
+    flips = draws(30).chance(0.5)
+    single = crop_resize(pixels, boxes, flips, size=LARGE)
+    monkeypatch.setattr("vision_ssl.augment.whole_batch", lambda images: True)
+    torch.testing.assert_close(crop_resize(pixels, boxes, flips, size=LARGE), single, rtol=0, atol=1e-4)
 
 
 # Blur

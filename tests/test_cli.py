@@ -237,6 +237,10 @@ def test_finetune(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Capt
         "layer_decay": 0.5,
     }
     assert report["seed"] == 5
+    cli.main(["finetune", str(run), *data, *settings, "--preset", "small-data", "-o", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {name: report["settings"][name] for name in ("epochs", "ema")} == {"epochs": 2, "ema": 0.99}
+    assert "preset='small' is unknown" in refused(capsys, "finetune", run, *data, "--preset", "small")
     assert "batch_size=256: expected at most 16" in refused(capsys, "finetune", run, *data)
     assert "classes=3: expected 1 to 2" in refused(capsys, "finetune", run, *data, "--classes", "3")
 

@@ -139,6 +139,47 @@ def test_a_step_is_that_of_torchs_own_parts(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0, msg=name)
 
 
+def test_the_mean_of_the_weights_over_the_steps_is_what_counts() -> None:
+    """Parameters and BatchNorm's statistics; the mean starts at the weights after the first step."""
+    settings: dict[str, Any] = {"epochs": 3, "batch_size": 24, "in_place": True, "base_lr": 0.05, "warmup_epochs": 0}
+    after = []  # each step; the runs have one more step each, and the same schedule
+    for epochs in (1, 2, 3):
+        module = encoder("resnet18")
+        with pytest.MonkeyPatch.context() as patch:
+            steps = iter(range(epochs))
+            patch.setattr("time.monotonic", lambda steps=steps: 1e9 * (next(steps, None) is None))
+            tune(module, **settings, time_limit=1)
+        after.append(module.state_dict())
+    module = encoder("resnet18")
+    report = tune(module, **settings, ema=0.75)
+    expected = after[0]
+    for state_dict in after[1:]:
+        expected = {name: 0.75 * mean + 0.25 * state_dict[name] for name, mean in expected.items()}
+    for name, ours in module.state_dict().items():
+        if ours.is_floating_point():
+            torch.testing.assert_close(ours, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+    assert not torch.equal(module.state_dict()["fc.weight"], after[2]["fc.weight"])
+    assert report.settings["ema"] == 0.75
+    with torch.inference_mode():
+        logits = module(PREPROCESS.normalise(VAL.pixels))
+    assert np.array_equal(report.predictions, logits.argmax(dim=1).numpy())
+
+
+def test_a_preset_is_where_settings_start_from() -> None:
+    assert FineTuning.of() == FineTuning.of("mae") == FineTuning()
+    small = FineTuning.of("small-data", epochs=3)
+    assert (small.epochs, small.batch_size, small.ema, small.mixup) == (3, 32, 0.99, 0.8)
+    report = tune(encoder(), preset="small-data", batch_size=8)
+    assert (report.settings["batch_size"], report.settings["ema"]) == (8, 0.99)
+
+
+def test_images_that_are_in_both_splits_are_pointed_out() -> None:
+    pixels = VAL.pixels.clone()
+    pixels[3] = TRAIN.pixels[7]
+    with pytest.warns(UserWarning, match="val: 1 of 24 images are in train too, pixel by pixel"):
+        finetune(encoder(), train=TRAIN, val=replace(VAL, pixels=pixels), **QUICK)
+
+
 def test_the_first_classes_alone() -> None:
     report = finetune(encoder(), train=TRAIN, val=VAL, **(QUICK | {"batch_size": 8}), classes=2)
     assert (list(report.per_class), report.n_train, report.n_val) == (["class 0", "class 1"], 16, 16)
@@ -336,6 +377,8 @@ def test_the_loss_is_timms() -> None:
     ("settings", "message"),
     [
         ({"epoch": 3}, "finetune has no field epoch: did you mean epochs"),
+        ({"preset": "small"}, "preset='small' is unknown: expected one of mae, small-data"),
+        ({"ema": 1.0}, r"ema=1.0 is out of range: expected a number in \[0, 1\)"),
         ({"epochs": 0}, "epochs=0 is too small"),
         ({"batch_size": 25}, "batch_size=25: expected at most 24, the number of images"),
         ({"drop_path": 1.0}, r"drop_path=1.0 is out of range: expected a number in \[0, 1\)"),

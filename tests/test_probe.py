@@ -587,18 +587,33 @@ def test_evaluate_resubstitution_reads_the_validation_images_alone(encoder: nn.M
 def test_evaluate_takes_the_split_that_the_argument_says(
     encoder: nn.Module, monkeypatch: pytest.MonkeyPatch, protocol: Any
 ) -> None:
-    calls = []
+    opened, extracted = [], []
 
-    def fake(encoder: nn.Module, source: Any, **options: Any) -> Features:
-        calls.append((source, options))
-        return {"train": TRAIN, "val": VAL}[options["split"]]
+    def images_for(encoder: nn.Module, source: Any, **options: Any) -> tuple[ImageSet, None]:
+        opened.append((source, options))
+        return image_set({"train": 1, "val": 2}[options["split"]]), None
 
-    monkeypatch.setattr(probe, "extract", fake)
-    where: Any = {"pooling": "both", "layers": 2, "device": "cpu", "cache_dir": "cache"}
-    report = evaluate(encoder, train="a", val="b", protocol=protocol, **where)
+    def extract(encoder: nn.Module, source: ImageSet, **options: Any) -> Features:
+        extracted.append((source.digest[0], options))
+        return {"1": TRAIN, "2": VAL}[source.digest[0]]
+
+    monkeypatch.setattr(probe, "images_for", images_for)
+    monkeypatch.setattr(probe, "extract", extract)
+    where: Any = {"pooling": "both", "layers": 2, "device": "cpu"}
+    report = evaluate(encoder, train="a", val="b", protocol=protocol, classes=3, cache_dir="cache", **where)
     assert (report.settings["pooling"], report.settings["layers"]) == ("both", 2)
-    common = {**where, "require_labels": True}
-    assert calls == [("a", {"split": "train", **common}), ("b", {"split": "val", **common})]
+    common = {"classes": 3, "cache_dir": "cache", "require_labels": True}
+    assert opened == [("a", {"split": "train", **common}), ("b", {"split": "val", **common})]
+    assert extracted == [("1", where), ("2", where)]
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn", "retrieval"])
+def test_evaluate_points_out_images_that_are_in_both_splits(encoder: nn.Module, protocol: Any) -> None:
+    train, val = image_set(1), image_set(2)
+    pixels = val.pixels.clone()
+    pixels[:2], pixels[5] = train.pixels[3], train.pixels[8]
+    with pytest.warns(UserWarning, match=f"val: 3 of {len(val)} images are in train too, pixel by pixel"):
+        evaluate(encoder, train=train, val=replace(val, pixels=pixels), protocol=protocol)
 
 
 def test_evaluate_takes_features_as_they_are() -> None:
@@ -612,7 +627,9 @@ def measured(protocol: Any, **sources: Any) -> str:
     return evaluate(nn.Identity(), protocol=protocol, **sources).protocol
 
 
-@pytest.mark.parametrize("protocol", sorted({*get_args(Protocol)} - {"attentive", "knn", "resubstitution"}))
+@pytest.mark.parametrize(
+    "protocol", sorted({*get_args(Protocol)} - {"attentive", "knn", "resubstitution", *probe.CROP_PROBES})
+)
 def test_a_protocol_is_named_in_its_report(protocol: str) -> None:
     train, val = pair(n=60)
     assert measured(protocol, train=train, val=val) == protocol
@@ -654,7 +671,7 @@ def test_evaluate_on_the_first_classes(encoder: nn.Module, protocol: Any) -> Non
 
 
 def test_evaluate_refuses_what_it_cannot_measure(encoder: nn.Module) -> None:
-    known = "linear, linear-sgd, linear-sgd-study-b, attentive, knn, fewshot-1, .*, retrieval, cluster, resubstitution"
+    known = "linear, linear-sgd, .*, attentive, knn, fewshot-1, .*, retrieval, cluster, resubstitution"
     with pytest.raises(RecipeError, match=f"protocol='svm': expected one of {known}"):
         evaluate(encoder, train="a", val="b", protocol=cast(Any, "svm"))
     images = image_set(1)

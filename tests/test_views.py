@@ -6,7 +6,7 @@ import torch
 import torchvision.transforms.functional as TF  # type: ignore[import-untyped]  # it ships no types
 from torch import Tensor
 
-from vision_ssl.augment import Draws, random_boxes
+from vision_ssl.augment import LARGE, Draws, random_boxes
 from vision_ssl.recipes import SimCLR
 from vision_ssl.views import Choices, exact_view, fast_view
 
@@ -126,6 +126,7 @@ MILD: dict[str, Any] = {"batch_size": 2, "image_size": 32, "jitter": (0.2, 0.2, 
         {"blur": 0.0},  # each jitter, in each order, without a clamp
         {"jitter_probability": 0.0, "blur": 0.7},
         {"jitter_probability": 0.0, "grayscale": 0.0, "blur": 0.0, "image_size": 48},
+        {"jitter_probability": 0.0, "blur": 0.7, "image_size": LARGE},
     ],
 )
 def test_fast_views_equal_exact_ones_where_nothing_is_clamped_and_no_hue_turns(

@@ -70,7 +70,6 @@ def attentive(
     train: Source,
     val: Source,
     how: Attentive = Attentive(),  # frozen
-    classes: int | None = None,
     device: str | torch.device | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -89,7 +88,6 @@ def attentive(
         train: Labelled images to train on.
         val: Labelled images to score on.
         how: How the probe is trained.
-        classes: Only the first so many classes by name take part.
         device: Where to compute; by default where the encoder is.
         cache_dir: Where the decoded images are kept.
         seed: Of the held-out split, the weights, the batches and the bootstrap.
@@ -102,8 +100,6 @@ def attentive(
     """
     train_images, preprocess = images_for(encoder, train, split="train", cache_dir=cache_dir, require_labels=True)
     val_images, _ = images_for(encoder, val, split="val", cache_dir=cache_dir, require_labels=True)
-    if classes is not None:
-        train_images, val_images = train_images.first_classes(classes), val_images.first_classes(classes)
     labels = check_pair(train_images, val_images)
     held = hold_out(labels, torch.Generator().manual_seed(seed))
     with evaluating(encoder, device) as where:

@@ -8,9 +8,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 1 << 18  # numbers of a CPU's block of images: a megabyte, so that all steps on it stay in its cache
+LARGE = 128  # side of views, pixels, from which on a CPU is faster image by image than by products of matrices
 
 
 class Draws:
@@ -133,7 +135,7 @@ def resize_weights(
 
 
 def crop_resize(images: Tensor, boxes: Tensor, flips: Tensor, *, size: int, interpolation: str = "bilinear") -> Tensor:
-    """Crop, resize and flip each image by its own parameters: two batched matrix products.
+    """Crop, resize and flip each image by its own parameters: two batched matrix products, or image by image.
 
     Args:
         images: uint8 (B, C, H, W).
@@ -145,8 +147,28 @@ def crop_resize(images: Tensor, boxes: Tensor, flips: Tensor, *, size: int, inte
     Returns:
         float32 (B, C, size, size) in [0, 1].
     """
+    if one_by_one(images, size):
+        return _crop_resize_each(images, boxes, flips, size, interpolation)
     down, across = crop_weights(boxes, flips, images.shape[2:], size=size, interpolation=interpolation)
     return separable(images.float(), down, across).clamp_(0, 1)
+
+
+def one_by_one(images: Tensor, size: int) -> bool:
+    """Whether crops of this size are made image by image, by torch's own interpolation.
+
+    Matrices of this size are mostly zero, and cost more than they save.
+    """
+    return size >= LARGE and not whole_batch(images)
+
+
+def _crop_resize_each(images: Tensor, boxes: Tensor, flips: Tensor, size: int, interpolation: str) -> Tensor:
+    views = torch.empty(*images.shape[:2], size, size)
+    for view, image, box, flip in zip(views, images, boxes.int().tolist(), flips.tolist(), strict=True):
+        top, left, height, width = box
+        window = image[None, :, top : top + height, left : left + width].float()
+        resized = F.interpolate(window, (size, size), mode=interpolation, antialias=True)[0]
+        torch.mul(resized.flip(2) if flip else resized, 1 / 255, out=view)
+    return views.clamp_(0, 1)
 
 
 def crop_weights(

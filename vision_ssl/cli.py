@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, cast
 
 import tyro
@@ -13,8 +14,8 @@ from . import commands
 from .commands import SourcePath
 from .errors import RecipeError, VisionSSLError
 from .extra import commands as extra
-from .options import RunOptions
-from .presets import PRESETS
+from .options import FineTuning, RunOptions
+from .presets import FINE_TUNING, PRESETS
 from .recipes import MAE, METHODS, Recipe, SimCLR
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -92,12 +93,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command; an error that we foresaw is one line on stderr, and exit status 1."""
     given = sys.argv[1:] if arguments is None else arguments
     early = argparse.ArgumentParser("vision-ssl", add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", default="small-64")
+    early.add_argument("--preset")
     preset = early.parse_known_args(given)[0].preset
+    # The defaults of options are those of the preset, if the command knows it; otherwise the command refuses it.
+    tuning = FineTuning.of(preset if preset in FINE_TUNING else "mae")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS | {"train": _train_command(preset)},
+            COMMANDS
+            | {
+                "train": _train_command(preset or "small-64"),
+                "finetune": partial(commands.finetune_command, settings=tuning),
+            },
             prog="vision-ssl",
             description="Pretrained SimCLR and MAE encoders: load, pretrain, measure.",
             args=given,

@@ -100,9 +100,9 @@ def probe_command(
         train: Labelled images to fit on; of a source with several splits, its training split.
         val: Labelled images to score on; of a source with several splits, its validation split.
         protocol: `linear` (logistic regression), `linear-sgd`, `linear-sgd-study-b` (the settings of study B),
-            `attentive` (learned attention to the tokens), `knn` (20 neighbours), `fewshot-5` (so many labels a class,
-            over 20 draws) and the like, `retrieval`, `cluster`, or `resubstitution`, which scores on the images it was
-            fitted on.
+            `linear-sgd-mae` and `linear-sgd-simclr` (those of the papers, on random crops), `attentive` (learned
+            attention to the tokens), `knn` (20 neighbours), `fewshot-5` (so many labels a class, over 20 draws) and
+            the like, `retrieval`, `cluster`, or `resubstitution`, which scores on the images it was fitted on.
         pooling: `avg`, or a ViT's class `token`, or `both`; `choose` finds the best on held-out training images.
         layers: How many of a ViT's last layers are averaged.
         classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
@@ -153,16 +153,19 @@ def knn_command(
         device: `auto`, `cpu`, `cuda`, ...
     """
     from .device import pick_device
+    from .features import extract, images_for
+    from .leakage import warn_of_twins
     from .neighbours import knn_sweep
-    from .probe import labelled_features
     from .restore import load
 
     encoder = load(name)
     votes: dict[str, Any] = {"metric": metric} | ({"temperature": None} if unweighted else {})
-    options: dict[str, Any] = {"classes": classes, "device": pick_device(device)}
-    features = [labelled_features(encoder, train, "train", **options)]
+    options: dict[str, Any] = {"classes": classes, "require_labels": True}
+    splits = [images_for(encoder, train, split="train", **options)[0]]
     if val is not None:
-        features.append(labelled_features(encoder, val, "val", **options))
+        splits.append(images_for(encoder, val, split="val", **options)[0])
+        warn_of_twins(*splits)
+    features = [extract(encoder, images, device=pick_device(device)) for images in splits]
     for report in knn_sweep(*features, ks=k, **votes):
         _show(report, out and (out if len(k) == 1 else out.with_stem(f"{out.stem}-{report.protocol}")))
 
@@ -200,6 +203,7 @@ def finetune_command(
     *,
     train: str,
     val: str,
+    preset: str = "mae",
     settings: FineTuning = FineTuning(),  # noqa: B008  # frozen
     classes: int | None = None,
     time_limit: float | None = None,
@@ -213,13 +217,15 @@ def finetune_command(
         name: A model, the directory of a run, a folder of weights, or `hf:owner/repo`.
         train: Labelled images to train on; of a source with several splits, its training split.
         val: Labelled images to score on, once; of a source with several splits, its validation split.
-        settings: How it is trained.
+        preset: Named settings to start from: `mae`, or `small-data` for some thousand images or fewer.
+        settings: How it is trained, by default as the preset says.
         classes: Only the first so many classes by name, such as 100 of the 200 of Tiny ImageNet.
         time_limit: Minutes after which no further epoch begins.
         out: Also write the report there, as JSON.
         device: `auto`, `cpu`, `cuda`, ...
         seed: Of the head, the order of the images, and the views.
     """
+    FineTuning.of(preset)  # refuses an unknown one; of a known one, `settings` already has the values
     from .device import pick_device
     from .finetuning import finetune
 

@@ -177,11 +177,11 @@ def extract_with(
     forward: Callable[[Tensor], Tensor],
     source: Source,
     *,
-    split: Split,
+    split: Split = "train",
     batch_size: int = 256,
-    device: str | torch.device | None,
-    cache_dir: str | os.PathLike[str] | None,
-    require_labels: bool,
+    device: str | torch.device | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    require_labels: bool = False,
 ) -> Features:
     """Do as `extract`, with what `forward` makes of normalised images by means of the encoder: (B, D)."""
     if batch_size < 1:
@@ -207,13 +207,18 @@ def images_for(
     source: Source,
     *,
     split: Split,
-    cache_dir: str | os.PathLike[str] | None,
-    require_labels: bool,
+    classes: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    require_labels: bool = False,
 ) -> tuple[ImageSet, Preprocess]:
-    """Open a source at the size that an encoder takes; also return its preprocessing.
+    """Open a source, or its first so many classes by name, at the size that an encoder takes.
+
+    Returns:
+        The images, and the encoder's preprocessing.
 
     Raises:
-        DataError: The source cannot be read or has other channels, or the encoder lacks a `preprocess`.
+        DataError: The source cannot be read or has other channels or too few classes, or the encoder lacks a
+            `preprocess`.
     """
     preprocess = getattr(encoder, "preprocess", None)
     if not isinstance(preprocess, Preprocess):
@@ -231,7 +236,7 @@ def images_for(
         raise DataError(
             f"source {images.name}: images have {channels} channels, the encoder takes {len(preprocess.mean)}"
         )
-    return images, preprocess
+    return images if classes is None else images.first_classes(classes), preprocess
 
 
 def pixel_features(

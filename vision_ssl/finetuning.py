@@ -18,6 +18,7 @@ from timm.layers import DropPath  # type: ignore[attr-defined]  # timm exports b
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]  # likewise
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from . import hub
@@ -27,6 +28,7 @@ from .data import ImageSet, Preprocess, Source, normalise
 from .device import brought_near, fastest_convolutions, native_bf16
 from .errors import RecipeError, TrainingError
 from .features import images_for
+from .leakage import warn_of_twins
 from .optim import schedule_factor
 from .options import FineTuning
 from .pairs import check_pair, in_top, report
@@ -50,6 +52,7 @@ def finetune(
     time_limit: float | None = None,
     in_place: bool = False,
     seed: int = 0,
+    preset: str = "mae",
     **settings: Any,
 ) -> Report:
     """Train an encoder and a new linear head together on labelled images, and score them once on others.
@@ -66,26 +69,27 @@ def finetune(
         time_limit: Minutes after which no further epoch begins. Better results come of fewer epochs that finish.
         in_place: Train the given module itself, which then has the new head; by default it is copied.
         seed: Of the head, the order of the images, the views, and the bootstrap.
-        **settings: Fields of `FineTuning`.
+        preset: Settings to start from: "mae", or "small-data" for some thousand images or fewer.
+        **settings: Fields of `FineTuning`, which change single ones.
 
     Returns:
         A report, whose training accuracy is that on the training images without augmentation.
 
     Raises:
         DataError: A source cannot be read or has no labels, or the two do not fit together.
-        RecipeError: A setting is unknown or out of range, or the encoder is no timm module.
+        RecipeError: A preset or setting is unknown or out of range, or the encoder is no timm module.
         TrainingError: The loss is not finite.
 
     Warns:
-        UserWarning: `val` has a class that `train` lacks.
+        UserWarning: `val` has a class that `train` lacks, or some of its images are in `train` too.
     """
-    how = FineTuning.of(**settings)
+    how = FineTuning.of(preset, **settings)
     module = encoder if isinstance(encoder, nn.Module) else hub.load(encoder)
-    train_images, preprocess = images_for(module, train, split="train", cache_dir=cache_dir, require_labels=True)
-    val_images, _ = images_for(module, val, split="val", cache_dir=cache_dir, require_labels=True)
-    if classes is not None:
-        train_images, val_images = train_images.first_classes(classes), val_images.first_classes(classes)
+    options: dict[str, Any] = {"classes": classes, "cache_dir": cache_dir, "require_labels": True}
+    train_images, preprocess = images_for(module, train, split="train", **options)
+    val_images, _ = images_for(module, val, split="val", **options)
     labels = check_pair(train_images, val_images)
+    warn_of_twins(train_images, val_images)
     if len(labels) < how.batch_size:
         raise RecipeError(f"batch_size={how.batch_size}: expected at most {len(labels):,}, the number of images")
     where = next(module.parameters()).device if device is None else torch.device(device)
@@ -229,6 +233,7 @@ def _train(
         use_fast_kernels(model, bf16=bf16)
     model.to(memory_format=torch.channels_last).train()
     optimizer = AdamW(layer_groups(model, how), betas=BETAS, fused=True)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(how.ema), use_buffers=True) if how.ema else None
     pixels = brought_near(images.pixels, device)
     labels = cast(Tensor, images.labels).to(pixels.device)
     steps_per_epoch = len(images) // how.batch_size
@@ -259,12 +264,16 @@ def _train(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            if average is not None:
+                average.update_parameters(model)
         value = loss.item()
         bar.set_postfix(loss=f"{value:.3f}")
         if not math.isfinite(value):
             raise TrainingError(f"the loss is {value} in epoch {epoch + 1}: try a lower base_lr or a longer warm-up")
         if time_limit is not None and time.monotonic() - began > 60 * time_limit:
             break
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
     return epoch + 1
 
 

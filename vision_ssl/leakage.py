@@ -1,6 +1,7 @@
 """Images that are in the training and in the validation split, which make a probe's score better than it is."""
 
 import hashlib
+import warnings
 from collections import defaultdict
 
 import torch
@@ -34,6 +35,23 @@ def exact_twins(train: ImageSet, val: ImageSet) -> list[tuple[str, str]]:
         for path, content in zip(val.paths, _contents(val.pixels), strict=True)
         for twin in known.get(content, ())
     ]
+
+
+def warn_of_twins(train: ImageSet, val: ImageSet) -> None:
+    """Say how many validation images are in the training split too, unless the two splits are the same.
+
+    Warns:
+        UserWarning: There are such images.
+    """
+    if train.digest == val.digest or train.pixels.shape[1:] != val.pixels.shape[1:]:
+        return  # nothing to find by chance: what checks the pair refuses them
+    twins = {path for _, path in exact_twins(train, val)}
+    if twins:
+        warnings.warn(
+            f"val: {len(twins):,} of {len(val):,} images are in train too, pixel by pixel, and are scored as if they "
+            "were new ones; `vision-ssl leaks` lists them",
+            stacklevel=3,
+        )
 
 
 def _contents(pixels: Tensor) -> list[bytes]:

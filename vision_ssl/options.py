@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from .errors import RecipeError
+from .presets import FINE_TUNING
 
 if TYPE_CHECKING:
     from .recipes import Recipe
@@ -18,6 +19,8 @@ Protocol = Literal[
     "linear",
     "linear-sgd",
     "linear-sgd-study-b",
+    "linear-sgd-mae",
+    "linear-sgd-simclr",
     "attentive",
     "knn",
     "fewshot-1",
@@ -98,6 +101,7 @@ class FineTuning:
         cutmix: Likewise of CutMix; of the two, each batch takes one at random.
         label_smoothing: Share of a target that is spread over all classes.
         erase: Probability of random erasing.
+        ema: Decay, per step, of the running mean of the weights that is scored in the end; 0 for the last weights.
     """
 
     epochs: int = 50
@@ -111,22 +115,26 @@ class FineTuning:
     cutmix: float = 1.0
     label_smoothing: float = 0.1
     erase: float = 0.25
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         check_counts(self, "epochs", "batch_size")
         check_numbers(self, "base_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix")
         check_numbers(self, "layer_decay", "label_smoothing", "erase", most=1)
-        check(self, "drop_path", 0 <= self.drop_path < 1, "a number in [0, 1)")
+        for name in ("drop_path", "ema"):
+            check(self, name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
 
     @classmethod
-    def of(cls, **settings: Any) -> "FineTuning":
-        """Build it from keywords, refusing unknown ones with the nearest known name.
+    def of(cls, preset: str = "mae", **settings: Any) -> "FineTuning":
+        """Build it from a preset and keywords, refusing unknown ones with the nearest known name.
 
         Raises:
-            RecipeError: A keyword is not a field.
+            RecipeError: There is no such preset, or a keyword is not a field.
         """
+        if preset not in FINE_TUNING:
+            raise RecipeError(f"preset={preset!r} is unknown: expected one of {', '.join(FINE_TUNING)}")
         check_names("finetune", settings, [item.name for item in fields(cls)])
-        return cls(**settings)
+        return cls(**(FINE_TUNING[preset] | settings))
 
 
 def check_names(owner: str, given: Iterable[str], known: list[str]) -> None:

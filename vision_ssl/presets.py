@@ -1,4 +1,4 @@
-"""Named settings of the recipes: best practice for small images, and the systems of two earlier studies, A and B."""
+"""Named settings: best practice for small images, two earlier studies (A and B), and ways to fine-tune."""
 
 from typing import Any
 
@@ -85,4 +85,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "study-b-small": _STUDY_B_MAE | {"encoder": "vit_small"},
         "study-b-base": _STUDY_B_MAE | {"encoder": "vit_base"},
     },
+}
+
+# Likewise of fine-tuning, whose defaults are MAE's.
+FINE_TUNING: dict[str, dict[str, Any]] = {
+    "mae": {},
+    # Of a thousand images, MAE's batches would make four steps an epoch.
+    "small-data": {"batch_size": 32, "base_lr": 4e-3, "epochs": 50, "ema": 0.99},
 }

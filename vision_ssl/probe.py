@@ -6,6 +6,7 @@ fitted on: it shows how well a classifier memorises, not how good the features a
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -15,20 +16,23 @@ from torch import Tensor, nn
 
 from .attentive import attentive
 from .clustering import cluster
-from .data import Source, Split
+from .data import ImageSet, Preprocess, Source, Split
 from .errors import DataError, RecipeError
-from .features import Features, extract, extract_with
+from .features import Features, evaluating, extract, extract_with, images_for
 from .fewshot import SHOTS, fewshot
+from .leakage import warn_of_twins
+from .linear_crops import MAE_PROBE, SIMCLR_PROBE, CropProbe, crop_classifier
 from .linear_sgd import STUDY_B, SWEEP, SGDProbe, sgd_classifier
 from .logistic import Classifier, choose_l2, logistic_regression
 from .neighbours import Metric, knn
 from .options import Protocol
 from .pairs import check_fit, check_pair, in_top, report
-from .pooling import DEPTHS, Choice, Pooling, candidates, check_pooling, choose_pooling
+from .pooling import DEPTHS, Choice, Pooling, candidates, check_pooling, choose_pooling, pool
 from .report import RESUBSTITUTION, Report
 from .retrieval import retrieval
 
 SGD_PROBES = {probe.protocol: probe for probe in (SWEEP, STUDY_B)}
+CROP_PROBES = {probe.protocol: probe for probe in (MAE_PROBE, SIMCLR_PROBE)}
 
 MEMORISING_L2 = 1e-4  # of resubstitution
 
@@ -141,11 +145,12 @@ def evaluate(
         encoder: A frozen encoder, as `extract` takes it.
         train: Labelled images to fit on (of a source with several splits, "train"), or their features.
         val: Labelled images to score on (of a source with several splits, "val"), or their features.
-        protocol: "linear"; "linear-sgd" or "linear-sgd-study-b", which train it by SGD; "attentive", which pools a
-            ViT's tokens by learned attention and needs images; "fewshot-5" and its like, on few labels; "knn" or
-            "retrieval", which with one of the two alone leave one image out at a time; "cluster", which uses no
-            labels to fit; or "resubstitution", which fits and scores on the same images. The last two never open
-            `train` where there is a `val`.
+        protocol: "linear"; "linear-sgd" or "linear-sgd-study-b", which train it by SGD; "linear-sgd-mae" or
+            "linear-sgd-simclr", which do so on random crops as these papers do, and "attentive", which pools tokens by
+            learned attention: all three need images; "fewshot-5" and its like, on few labels; "knn" or "retrieval",
+            which with one of the two alone leave one image out at a time; "cluster", which uses no labels to fit; or
+            "resubstitution", which fits and scores on the same images. The last two never open `train` where there
+            is a `val`.
         k: Neighbours that vote in "knn".
         temperature: Of their votes; see `knn`.
         metric: By which they are near; see `knn`.
@@ -161,21 +166,28 @@ def evaluate(
     Raises:
         DataError: A source is missing, cannot be read or has no labels, or the two do not fit together.
         RecipeError: There is no such protocol, or the encoder cannot be pooled so.
+
+    Warns:
+        UserWarning: Some images of `val` are in `train` too.
     """
     if protocol not in get_args(Protocol):
         raise RecipeError(f"protocol={protocol!r}: expected one of {', '.join(get_args(Protocol))}")
-    given: dict[Split, Source | Features | None] = {"train": train, "val": val}
-    where: dict[str, Any] = {"classes": classes, "device": device, "cache_dir": cache_dir}
+    if protocol in ("cluster", RESUBSTITUTION) and val is not None:
+        train = None
+    train = _opened(encoder, train, "train", classes, cache_dir)
+    val = _opened(encoder, val, "val", classes, cache_dir)
+    if isinstance(train, ImageSet) and isinstance(val, ImageSet):
+        warn_of_twins(train, val)
+    given: dict[Split, ImageSet | Features | None] = {"train": train, "val": val}
     facts: dict[str, Any] = {}
     pooled = [split for split, source in given.items() if isinstance(source, Features)]
     if pooled and (pooling, layers) != ("avg", 1):
         raise DataError(f"{pooled[0]}: features, which are pooled already: expected images for pooling={pooling!r}")
     if pooling == "choose":
-        if train is None or val is None or isinstance(train, Features):  # the last for mypy alone
+        if val is None or not isinstance(train, ImageSet):
             raise DataError("pooling='choose': expected images as train and as val, since it is chosen on train alone")
-        given["train"], choice = _choose_pooling(encoder, train, seed=seed, **where)
+        given["train"], choice = _choose_pooling(encoder, train, device=device, seed=seed)
         pooling, layers, facts = choice.pooling, choice.layers, {"pooling_losses": choice.losses}
-    where |= {"pooling": pooling, "layers": layers}
     if facts or (pooling, layers) != ("avg", 1):
         facts |= {"pooling": pooling, "layers": layers}
 
@@ -183,7 +195,9 @@ def evaluate(
         source = given[split]
         if source is None:
             raise DataError(f"{split}=None: expected labelled images, for the protocol {protocol!r}")
-        return labelled_features(encoder, source, split, **where)
+        if isinstance(source, Features):
+            return source
+        return extract(encoder, source, pooling=pooling, layers=layers, device=device)
 
     if protocol in ("cluster", RESUBSTITUTION):
         measure = cluster if protocol == "cluster" else resubstitution
@@ -196,9 +210,15 @@ def evaluate(
         else:
             found = knn(*parts, k=k, temperature=temperature, metric=metric, seed=seed)
     elif protocol == "attentive":
-        if train is None or val is None or isinstance(train, Features) or isinstance(val, Features) or facts:
+        if not isinstance(train, ImageSet) or not isinstance(val, ImageSet) or facts:
             raise DataError("protocol='attentive': expected images as train and as val, and pooling='avg'")
-        found = attentive(encoder, train=train, val=val, classes=classes, device=device, cache_dir=cache_dir, seed=seed)
+        found = attentive(encoder, train=train, val=val, device=device, seed=seed)
+    elif protocol in CROP_PROBES:
+        if not isinstance(train, ImageSet):
+            raise DataError(f"protocol={protocol!r}: expected images as train, since it crops them anew in each epoch")
+        parts = [features("train"), features("val")]
+        forward = partial(pool, encoder, pooling=pooling, layers=layers)
+        found = _linear_on_crops(encoder, forward, train, *parts, probe=CROP_PROBES[protocol], device=device, seed=seed)
     elif protocol in SGD_PROBES:
         probe = SGD_PROBES[protocol]
         found = linear_sgd(features("train"), features("val"), probe=probe, device=device, seed=seed)
@@ -209,49 +229,48 @@ def evaluate(
     return replace(found, settings={**found.settings, **facts})
 
 
-def labelled_features(
+def _opened(
     encoder: nn.Module,
-    source: "Source | Features",
+    source: "Source | Features | None",
     split: Split,
-    *,
-    classes: int | None = None,
-    **options: Any,
-) -> Features:
-    """Features with labels, of a source or as they are, of all classes or the first so many.
-
-    Args:
-        encoder: As in `extract`.
-        source: Images, or their features.
-        split: Which split of the source, where it has several.
-        classes: Only the first so many classes by name.
-        **options: Of `extract`.
-    """
-    found = (
-        source
-        if isinstance(source, Features)
-        else extract(encoder, source, split=split, require_labels=True, **options)
-    )
-    return found if classes is None else found.first_classes(classes)
+    classes: int | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> ImageSet | Features | None:
+    """Images of a source at the size that the encoder takes, or features as they are, of the first so many classes."""
+    if source is None:
+        return None
+    if isinstance(source, Features):
+        return source if classes is None else source.first_classes(classes)
+    return images_for(encoder, source, split=split, classes=classes, cache_dir=cache_dir, require_labels=True)[0]
 
 
 def _choose_pooling(
-    encoder: nn.Module,
-    train: "Source",
-    *,
-    classes: int | None,
-    device: str | torch.device | None,
-    cache_dir: str | os.PathLike[str] | None,
-    seed: int,
+    encoder: nn.Module, train: ImageSet, *, device: str | torch.device | None, seed: int
 ) -> tuple[Features, Choice]:
     """Features of the training images, pooled as is best on a held-out part of them, by one pass of the encoder."""
     check_pooling(encoder, "both", max(DEPTHS))
-    forward = partial(candidates, encoder)
-    every = extract_with(
-        encoder, forward, train, split="train", device=device, cache_dir=cache_dir, require_labels=True
-    )
-    part = every if classes is None else every.first_classes(classes)
-    choice = choose_pooling(part.features, check_fit(part, "train"), len(part.classes), seed)
+    every = extract_with(encoder, partial(candidates, encoder), train, device=device)
+    choice = choose_pooling(every.features, check_fit(every, "train"), len(every.classes), seed)
     return every.pooled(choice.pooling, choice.layers, choice.columns), choice
+
+
+def _linear_on_crops(
+    encoder: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    images: ImageSet,
+    train: Features,
+    val: Features,
+    *,
+    probe: CropProbe,
+    device: str | torch.device | None,
+    seed: int,
+) -> Report:
+    """Train on crops of the images, whose features as they are give the training accuracy; score on others."""
+    check_pair(train, val)
+    preprocess = cast(Preprocess, encoder.preprocess)
+    with evaluating(encoder, device) as where:
+        classifier, settings = crop_classifier(forward, images, preprocess, probe, seed=seed, device=where)
+    return _linear_report(probe.protocol, classifier, train, val, settings, seed)
 
 
 def _linear_report(

@@ -15,6 +15,7 @@ from .augment import (
     gaussian_blur,
     in_blocks,
     on_chosen,
+    one_by_one,
     random_boxes,
     separable,
 )
@@ -97,16 +98,22 @@ def fast_view(recipe: "SimCLR", images: Tensor, choices: Choices) -> Tensor:
     boxes, flips, jitter, gray, blurred, sigma = choices
     size, (mean, std) = recipe.image_size, channel_statistics(recipe.channels)
 
-    def blur(weights: Tensor, sigma: Tensor) -> Tensor:
-        return blur_weights(sigma, size, recipe.blur_taps) @ weights
+    def blurred_crops(images: Tensor, boxes: Tensor, flips: Tensor, blurred: Tensor, sigma: Tensor) -> Tensor:
+        if one_by_one(images, size):
+            blur = partial(gaussian_blur, kernel_size=recipe.blur_taps)
+            return on_chosen(blurred, blur, crop_resize(images, boxes, flips, size=size), sigma)
+
+        def with_blur(weights: Tensor, sigma: Tensor) -> Tensor:
+            return blur_weights(sigma, size, recipe.blur_taps) @ weights
+
+        crop = crop_weights(boxes, flips, images.shape[2:], size=size)
+        return separable(images.float(), *(on_chosen(blurred, with_blur, weights, sigma) for weights in crop))
 
     colors = ColorMap.of(jitter, gray, recipe.channels)
     scale, shift = constant(std, images.device)[:, None], constant(mean, images.device)[:, None]
     view = _empty_view(recipe, images)
     for rows in in_blocks(view):
-        crop = crop_weights(boxes[rows], flips[rows], images.shape[2:], size=size)
-        down, across = (on_chosen(blurred[rows], blur, weights, sigma[rows]) for weights in crop)
-        crops = separable(images[rows].float(), down, across).flatten(2)
+        crops = blurred_crops(images[rows], *(choice[rows] for choice in (boxes, flips, blurred, sigma))).flatten(2)
         matrix, of_mean = colors.rows(rows)
         offset = of_mean @ crops.mean(dim=2, keepdim=True) - shift
         part = view[rows].flatten(2)
