@@ -170,6 +170,7 @@ def describe_model(name: str, encoder: Encoder, architecture: str) -> dict[str, 
         "epochs": training.get("epochs"),
         "minutes": training.get("minutes"),
         "hardware": training.get("hardware"),
+        "origin": encoder.card.get("origin"),
     }
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,24 @@ def models_table() -> str:
     ]
     for weights in WEIGHTS:
         config, card = weights.config, weights.card
+        epochs = with_those_before(card["training"]["epochs"], card.get("origin"), "epochs")
         scores = {score["protocol"]: score for score in weights.own_scores}
         linear, knn = scores["linear"], scores["knn-20"]
         lines.append(
             f"| `{weights.name}` | {config['architecture']} | {config['pretrained_cfg']['input_size'][1]} px "
-            f"| {config['num_features']} | {card['training']['epochs']:g} "
+            f"| {config['num_features']} | {epochs} "
             f"| {linear['accuracy']:.1f} ({linear['interval'][0]:.1f} to {linear['interval'][1]:.1f}) "
             f"| {linear['macro_f1']:.3f} | {knn['accuracy']:.1f} |"
         )
     return "\n".join(lines)
+
+
+def with_those_before(
+    spent: float | None, origin: dict[str, Any] | None, cost: str, pattern: Callable[[float], str] = "{:g}".format
+) -> str:
+    """Epochs or minutes of pretraining, after those of the weights that it started from; a dash where unknown."""
+    costs = [*([origin[cost]] if origin and cost in origin else []), spent]
+    return " + ".join("-" if value is None else pattern(value) for value in costs)
 
 
 def demo_scores() -> str:
@@ -82,9 +91,9 @@ def reproduced_tables(folder: Path = REPRODUCED) -> str:
             model["architecture"],
             f"{model['image_size']} px",
             f"{model['parameters'] / 1e6:.1f} M",
-            shown(model["epochs"], "{:g}"),
+            with_those_before(model["epochs"], model.get("origin"), "epochs"),
             "-" if model["minutes"] is None else minutes(model["minutes"] / model["epochs"]),
-            "-" if model["minutes"] is None else minutes(model["minutes"]),
+            with_those_before(model["minutes"], model.get("origin"), "minutes", minutes),
             shown(model["hardware"], "{}"),
         ]
         for model in models.values()

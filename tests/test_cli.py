@@ -246,15 +246,18 @@ def test_finetune(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_leaks(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for split, number in (("train", 0), ("train", 1), ("val", 1), ("val", 2)):
-        (tmp_path / split / "c").mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((24, 24), 40 * number + 1).save(tmp_path / split / "c" / f"{number}.png")
+    names = ("train/c/0", "train/c/1", "train/d/2", "val/c/1", "val/c/3", "val/d/4")
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((24, 24), 40 * number + 1).save(tmp_path / f"{name}.png")
     shutil.copy(tmp_path / "train" / "c" / "1.png", tmp_path / "val" / "c" / "1.png")
     cli.main(["leaks", "--train", str(tmp_path), "--val", str(tmp_path), "--name", str(run), "--count", "1"])
     first, twins, _, nearest = capsys.readouterr().out.splitlines()
     assert first == "1 pairs of equal pixels at 24 px"
     assert [Path(path).name for path in twins.split()] == ["1.png", "1.png"]
     assert nearest == f"{twins}  1.0000"
+    cli.main(["knn", str(run), "--train", str(tmp_path), "--val", str(tmp_path), "--k", "1"])
+    assert "warning: val: of 3 images, 1 are in train too" in capsys.readouterr().err
 
 
 def test_reconstruct(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

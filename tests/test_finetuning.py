@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -139,27 +140,37 @@ def test_a_step_is_that_of_torchs_own_parts(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0, msg=name)
 
 
-def test_the_mean_of_the_weights_over_the_steps_is_what_counts() -> None:
-    """Parameters and BatchNorm's statistics; the mean starts at the weights after the first step."""
+def test_the_exponential_mean_of_the_weights_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of parameters and BatchNorm's statistics, from the start on, with a lower decay in the first step."""
     settings: dict[str, Any] = {"epochs": 3, "batch_size": 24, "in_place": True, "base_lr": 0.05, "warmup_epochs": 0}
-    after = []  # each step; the runs have one more step each, and the same schedule
-    for epochs in (1, 2, 3):
-        module = encoder("resnet18")
-        with pytest.MonkeyPatch.context() as patch:
-            steps = iter(range(epochs))
-            patch.setattr("time.monotonic", lambda steps=steps: 1e9 * (next(steps, None) is None))
-            tune(module, **settings, time_limit=1)
-        after.append(module.state_dict())
+    start: dict[str, Tensor] = {}
+
+    def stop_after(epochs: int) -> nn.Module:
+        module, clock = encoder("resnet18"), iter([0.0] * epochs)
+        monkeypatch.setattr(finetuning, "time", SimpleNamespace(monotonic=lambda: next(clock, 1e9)))
+        tune(module, **settings, time_limit=1)
+        monkeypatch.undo()
+        return module
+
+    def with_start(*arguments: Any) -> nn.Module:
+        model = with_head(*arguments)
+        start.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return model
+
+    after = [stop_after(epochs).state_dict() for epochs in (1, 2, 3)]
     module = encoder("resnet18")
-    report = tune(module, **settings, ema=0.75)
-    expected = after[0]
-    for state_dict in after[1:]:
-        expected = {name: 0.75 * mean + 0.25 * state_dict[name] for name, mean in expected.items()}
+    monkeypatch.setattr(finetuning, "with_head", with_start)
+    report = tune(module, **settings, ema=0.15)
+    expected = start
+    for decay, state_dict in zip((0.1, 0.15, 0.15), after, strict=True):
+        expected = {name: decay * mean + (1 - decay) * state_dict[name] for name, mean in expected.items()}
     for name, ours in module.state_dict().items():
         if ours.is_floating_point():
             torch.testing.assert_close(ours, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+        else:
+            assert torch.equal(ours, after[2][name]), name
     assert not torch.equal(module.state_dict()["fc.weight"], after[2]["fc.weight"])
-    assert report.settings["ema"] == 0.75
+    assert report.settings["ema"] == 0.15
     with torch.inference_mode():
         logits = module(PREPROCESS.normalise(VAL.pixels))
     assert np.array_equal(report.predictions, logits.argmax(dim=1).numpy())
@@ -176,7 +187,7 @@ def test_a_preset_is_where_settings_start_from() -> None:
 def test_images_that_are_in_both_splits_are_pointed_out() -> None:
     pixels = VAL.pixels.clone()
     pixels[3] = TRAIN.pixels[7]
-    with pytest.warns(UserWarning, match="val: 1 of 24 images are in train too, pixel by pixel"):
+    with pytest.warns(UserWarning, match="val: of 24 images, 1 are in train too, pixel by pixel"):
         finetune(encoder(), train=TRAIN, val=replace(VAL, pixels=pixels), **QUICK)
 
 

@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from PIL import Image
 from vision_ssl.data import ImageSet, Split, open_images
 from vision_ssl.errors import DataError
 from vision_ssl.features import Features
-from vision_ssl.leakage import exact_twins, near_twins
+from vision_ssl.leakage import exact_twins, near_twins, warn_of_twins
 
 SPLITS: tuple[Split, ...] = ("train", "val")
 
@@ -40,8 +41,19 @@ def test_one_value_apart_is_no_twin() -> None:
     pixels = val.pixels.clone()
     pixels[3] = train.pixels[2]
     assert exact_twins(train, replace(val, pixels=pixels)) == [("2", "3")]
-    pixels[3, 2, 3, 3] ^= 1
-    assert exact_twins(train, replace(val, pixels=pixels)) == []
+    for row in (3, 10):  # 10 is the middle row
+        pixels[3, 2, row, 3] ^= 1
+        assert exact_twins(train, replace(val, pixels=pixels)) == []
+        pixels[3, 2, row, 3] ^= 1
+    pixels[1], pixels[4, :, 10] = pixels[3], pixels[3, :, 10]
+    assert exact_twins(train, replace(val, pixels=pixels)) == [("2", "1"), ("2", "3")]
+
+
+def test_the_same_images_are_no_leak() -> None:
+    train = images(5, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_twins(train, train)
 
 
 def test_other_shapes_are_refused() -> None:

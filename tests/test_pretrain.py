@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import warnings
@@ -341,13 +342,24 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_training_goes_on_from_the_weights_of_another_run(tmp_path: Path, finished: Run) -> None:
+    before = Run(Path(shutil.copytree(finished.directory, tmp_path / "before")))
     still = replace(MAE_RECIPE, base_lr=0.0, epochs=1)  # changes nothing: what comes out is what came in
-    run = train(still, tmp_path / "run", init=finished.directory, time_limit=0)
+    run = train(still, tmp_path / "run", init=before.directory, time_limit=0)
     assert_same(weights(run), weights(finished))
     heads = [load_tensors(each.directory / "weights" / "head.safetensors")[0] for each in (run, finished)]
     assert_same(*heads)
-    assert run.encoder.card["training"]["init"] == str(finished.directory)
+    card, of_before = run.encoder.card, before.encoder.card
+    assert card["training"]["init"] == str(before.directory)
+    assert card["origin"] == {
+        "name": str(before.directory),
+        "data": of_before["data"]["name"],
+        "epochs": of_before["training"]["epochs"],
+        "minutes": of_before["training"]["minutes"],
+    }
+    shutil.rmtree(before.directory)
+    assert train(still, run.directory, resume=True).encoder.card["origin"] == card["origin"]
     fresh = train(still, tmp_path / "fresh", time_limit=0)
+    assert "origin" not in fresh.encoder.card
     assert not torch.equal(weights(fresh)["cls_token"], weights(finished)["cls_token"])
 
 

@@ -612,7 +612,7 @@ def test_evaluate_points_out_images_that_are_in_both_splits(encoder: nn.Module, 
     train, val = image_set(1), image_set(2)
     pixels = val.pixels.clone()
     pixels[:2], pixels[5] = train.pixels[3], train.pixels[8]
-    with pytest.warns(UserWarning, match=f"val: 3 of {len(val)} images are in train too, pixel by pixel"):
+    with pytest.warns(UserWarning, match=f"val: of {len(val)} images, 3 are in train too, pixel by pixel"):
         evaluate(encoder, train=train, val=replace(val, pixels=pixels), protocol=protocol)
 
 

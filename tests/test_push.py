@@ -13,7 +13,7 @@ from safetensors.torch import load
 
 from tests.hub_server import TOKEN, Client, Fault, HubServer
 from vision_ssl import cli, hub, registry
-from vision_ssl.card import model_card
+from vision_ssl.card import describe_origin, model_card, origin_of
 from vision_ssl.errors import MissingExtraError, WeightsError
 from vision_ssl.extra.push import push
 from vision_ssl.locate import file_hash
@@ -300,3 +300,32 @@ def test_a_card_of_few_facts() -> None:
     assert "Whoever published these weights has not stated one." in text
     noncommercial = json.loads(json.dumps(config)) | {"vision_ssl": {"licence": "CC-BY-NC-4.0: not for commercial use"}}
     assert "\nlicense: cc-by-nc-4.0\n" in model_card("me/x", noncommercial, scores=[], picture=None)
+
+
+def test_a_card_tells_what_its_training_started_from() -> None:
+    training = {"epochs": 4.0, "minutes": 9.5}
+    facts = {"name": "a", "licence": "CC-BY-NC-4.0: no sales"}
+    origin = origin_of({**facts, "data": {"name": "photos"}, "training": training}, "asked")
+    assert origin == {**facts, **training, "data": "photos"}
+    second = {"training": {"epochs": 3.0, "minutes": 1.0, "init": "a"}, "origin": origin}
+    assert describe_origin(second) == "a (4 epochs of photos)"
+    assert origin_of(second, "b") == {"name": "b", "epochs": 7.0, "minutes": 10.5}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_features": 192,
+        "pretrained_cfg": {"input_size": [3, 24, 24]},
+        "vision_ssl": {"origin": origin},
+    }
+    text = model_card("me/x", config, scores=[], picture=None)
+    assert "Pretraining started from a, whose licence is: CC-BY-NC-4.0: no sales" in text
+    assert "\nlicense:" not in text  # nobody has stated one for these
+
+
+def test_a_start_of_which_little_is_known() -> None:
+    assert origin_of({}, "photos.safetensors") == {"name": "photos.safetensors"}
+    hostile = {"name": 3, "data": [], "training": {"epochs": "many"}, "licence": {}}
+    assert origin_of(hostile, "b") == {"name": "b"}
+    card = {"training": {"epochs": 3.0, "init": "b"}, "origin": {"name": "b"}}
+    assert describe_origin(card) == "b (of unknown data)"
+    assert origin_of(card, "c") == {"name": "c"}
+    assert describe_origin({"training": {"init": None}}) == "random weights"

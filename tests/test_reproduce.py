@@ -56,14 +56,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+ORIGIN = {"name": "earlier", "epochs": 2.0, "minutes": 4.0}
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of a run of three epochs, as its card says."""
+    """Weights of a run of three epochs after two others, as its card says."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     spec = resolve_encoder("vit_tiny", image_size=16)
     torch.manual_seed(0)
     training = {"epochs": 3.0, "minutes": 4.5, "hardware": "1 x NVIDIA T4"}
-    hub.save(folder, spec.build(), spec, card={"method": "mae", "data": {"name": "photos"}, "training": training})
+    card = {"method": "mae", "data": {"name": "photos"}, "training": training, "origin": ORIGIN}
+    hub.save(folder, spec.build(), spec, card=card)
     return folder
 
 
@@ -149,6 +153,7 @@ def test_the_card_tells_what_a_model_cost(results: Path) -> None:
         "epochs": 3.0,
         "minutes": 4.5,
         "hardware": "1 x NVIDIA T4",
+        "origin": ORIGIN,
     }
 
 
@@ -156,7 +161,7 @@ def test_tables(results: Path) -> None:
     tables = runpy.run_path(str(BENCHMARKS / "update_readme.py"))["reproduced_tables"]
     costs, scores, *_, why = tables(results).split("\n\n")
     assert costs.splitlines()[2:] == [
-        "| `tiny` | vit_tiny_patch16_224 | 16 px | 5.4 M | 3 | 90 s | 4.5 min | 1 x NVIDIA T4 |"
+        "| `tiny` | vit_tiny_patch16_224 | 16 px | 5.4 M | 2 + 3 | 90 s | 4.0 min + 4.5 min | 1 x NVIDIA T4 |"
     ]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in scores.splitlines()]
     assert [row[:3] for row in rows[2:]] == [

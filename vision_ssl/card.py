@@ -33,10 +33,53 @@ def model_card(
         _training(card, picture),
         _scores(scores),
         _recipe(card),
-        f"## Licence\n\n{card.get('licence', 'Whoever published these weights has not stated one.')}",
+        f"## Licence\n\n{_licence(card)}",
         _hashes(card),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def origin_of(card: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the card of a run keeps of the card of the weights that it starts from.
+
+    Args:
+        card: Of those weights, which may be somebody else's: what is not of its kind is left out.
+        name: What they were asked for by, if their card has no name.
+
+    Returns:
+        Of `name`, `data` (what they were pretrained on), `epochs` and `minutes` (with those before), and `licence`,
+        what is known.
+    """
+    data = card.get("data")
+    facts = {
+        "name": card.get("name", name),
+        "data": data.get("name") if isinstance(data, dict) else None,
+        "licence": card.get("licence"),
+    }
+    known: dict[str, Any] = {"name": name} | {key: value for key, value in facts.items() if isinstance(value, str)}
+    parts = [card.get("training"), *([card["origin"]] if "origin" in card else [])]
+    for cost in ("epochs", "minutes"):
+        spent = [part.get(cost) if isinstance(part, dict) else None for part in parts]
+        if all(isinstance(number, int | float) for number in spent):
+            known[cost] = sum(spent)
+    return known
+
+
+def describe_origin(card: Mapping[str, Any]) -> str:
+    """What pretraining started from, in a few words."""
+    origin = card.get("origin")
+    if origin is None:
+        return card["training"]["init"] or "random weights"
+    seen = f"{origin['epochs']:g} epochs of {origin['data']}" if {"epochs", "data"} <= origin.keys() else None
+    return f"{origin['name']} ({seen or origin.get('data', 'of unknown data')})"
+
+
+def _licence(card: Mapping[str, Any]) -> str:
+    stated = card.get("licence", "Whoever published these weights has not stated one.")
+    origin = card.get("origin", {})
+    if "licence" not in origin:
+        return str(stated)
+    return f"{stated}\n\nPretraining started from {origin['name']}, whose licence is: {origin['licence']}"
 
 
 def _metadata(card: Mapping[str, Any]) -> str:
@@ -100,7 +143,7 @@ def _training(card: Mapping[str, Any], picture: str | None) -> str:
         facts["epochs"] = f"{training['epochs']:.4g} ({training['steps']:,} steps){state}"
         facts["time"] = f"{training['minutes']:,} minutes on {training['hardware']}, {training['precision']}"
         facts["seed"] = training["seed"]
-        facts["started from"] = training["init"] or "random weights"
+        facts["started from"] = describe_origin(card)
         facts["made by"] = (
             f"vision_ssl {training['vision_ssl']}, commit {training['commit']}, torch {training['torch']}"
         )

@@ -18,7 +18,6 @@ from timm.layers import DropPath  # type: ignore[attr-defined]  # timm exports b
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]  # likewise
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from . import hub
@@ -233,7 +232,8 @@ def _train(
         use_fast_kernels(model, bf16=bf16)
     model.to(memory_format=torch.channels_last).train()
     optimizer = AdamW(layer_groups(model, how), betas=BETAS, fused=True)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(how.ema), use_buffers=True) if how.ema else None
+    weights = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    means = [tensor.clone() for tensor in weights]
     pixels = brought_near(images.pixels, device)
     labels = cast(Tensor, images.labels).to(pixels.device)
     steps_per_epoch = len(images) // how.batch_size
@@ -264,16 +264,16 @@ def _train(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if average is not None:
-                average.update_parameters(model)
+            # Low at first, or a short run would be scored by weights from its beginning.
+            decay = min(how.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(means, weights, 1 - decay)
         value = loss.item()
         bar.set_postfix(loss=f"{value:.3f}")
         if not math.isfinite(value):
             raise TrainingError(f"the loss is {value} in epoch {epoch + 1}: try a lower base_lr or a longer warm-up")
         if time_limit is not None and time.monotonic() - began > 60 * time_limit:
             break
-    if average is not None:
-        model.load_state_dict(average.module.state_dict())
+    torch._foreach_copy_(weights, means)
     return epoch + 1
 
 

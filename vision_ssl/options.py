@@ -87,7 +87,10 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning:
-    """How an encoder is fine-tuned. Defaults are MAE's (He et al. 2022, appendix A.1, table 9) where it names one.
+    """How an encoder is fine-tuned.
+
+    Defaults are MAE's (He et al. 2022, appendix A.1, table 9) where it names one, but for the batch, which is 1,024
+    images there.
 
     Attributes:
         epochs: Passes over the training images.
@@ -101,7 +104,8 @@ class FineTuning:
         cutmix: Likewise of CutMix; of the two, each batch takes one at random.
         label_smoothing: Share of a target that is spread over all classes.
         erase: Probability of random erasing.
-        ema: Decay, per step, of the running mean of the weights that is scored in the end; 0 for the last weights.
+        ema: Decay, per step, of the exponential mean of the weights and of BatchNorm's statistics, which is scored in
+            the end; 0 for the last weights. It is lower in the first steps: (1 + t) / (10 + t) in step t.
     """
 
     epochs: int = 50

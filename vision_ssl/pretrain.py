@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import __version__, hub
+from .card import origin_of
 from .config import CONFIG_FILE
 from .data import ImageSet, open_images
 from .device import native_bf16, pick_device
@@ -115,8 +116,10 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
     # Before the images, whose decoding may take long: what cannot be built is refused at once.
     torch.manual_seed(options.seed)
     model = recipe.build()
+    origin = run.settings.get("origin") if options.resume else None
     if options.init is not None and not options.resume:
         hub.load_into(model, options.init)
+        origin = origin_of(hub.read_card(options.init), str(options.init))
     with process_group(device):
         with rank_zero_first():
             images = open_images(
@@ -143,7 +146,7 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
             facts={"images": images.digest},
         )
         # The commit of now: the files may change while it trains.
-        card = partial(_card, recipe, images, trainer, options, commit_of_package())
+        card = partial(_card, recipe, images, trainer, options, origin, commit_of_package())
         if options.resume:
             trainer.resume()
         cost = trainer.estimate()  # in every process: the loss may need them all
@@ -151,6 +154,7 @@ def pretrain(recipe: "Recipe", source: "Source", options: "RunOptions") -> Run:
             if not options.resume:
                 lasting = {name: getattr(options, name) for name in LASTING}
                 facts = {"recipe": recipe.to_dict(), "source": _describe(source), "options": lasting}
+                facts |= {"origin": origin} if origin else {}
                 save_json(run.directory / RUN_FILE, facts)
             _announce(recipe, images, trainer, run, *cost)
         if not options.resume:
@@ -239,7 +243,12 @@ def _announce(
 
 
 def _card(
-    recipe: "Recipe", images: ImageSet, trainer: Trainer, options: "RunOptions", commit: str | None
+    recipe: "Recipe",
+    images: ImageSet,
+    trainer: Trainer,
+    options: "RunOptions",
+    origin: dict[str, Any] | None,
+    commit: str | None,
 ) -> dict[str, Any]:
     progress = trainer.progress
     return {
@@ -259,6 +268,7 @@ def _card(
             "commit": commit,
             "torch": torch.__version__,
         },
+        **({"origin": origin} if origin else {}),
     }
 
 

@@ -146,9 +146,10 @@ def evaluate(
         train: Labelled images to fit on (of a source with several splits, "train"), or their features.
         val: Labelled images to score on (of a source with several splits, "val"), or their features.
         protocol: "linear"; "linear-sgd" or "linear-sgd-study-b", which train it by SGD; "linear-sgd-mae" or
-            "linear-sgd-simclr", which do so on random crops as these papers do, and "attentive", which pools tokens by
-            learned attention: all three need images; "fewshot-5" and its like, on few labels; "knn" or "retrieval",
-            which with one of the two alone leave one image out at a time; "cluster", which uses no labels to fit; or
+            "linear-sgd-simclr", which do so on random crops with the settings of these papers (MAE's own features are
+            `pooling="token"`), and "attentive", which pools tokens by learned attention: the three need images to train
+            on, and the last to score on; "fewshot-5" and its like, on few labels; "knn" or "retrieval", which with one
+            of the two alone leave one image out at a time; "cluster", which uses no labels to fit; or
             "resubstitution", which fits and scores on the same images. The last two never open `train` where there
             is a `val`.
         k: Neighbours that vote in "knn".
@@ -158,8 +159,8 @@ def evaluate(
             the last four, by a linear classifier on a held-out fifth of the training images; the report's settings
             say what was chosen.
         layers: How many of a ViT's last layers are averaged, unless that is chosen too.
-        classes: Only the first so many classes by name take part; by default all.
-        device: Where the encoder and SGD compute; by default where the encoder is, and on the CPU.
+        classes: Only the first so many classes by name take part, whose images are copied into memory; by default all.
+        device: Where the encoder computes, by default where it is; and SGD on its features, by default on the CPU.
         cache_dir: Where the decoded images are kept.
         seed: See the protocol.
 
@@ -269,7 +270,8 @@ def _linear_on_crops(
     check_pair(train, val)
     preprocess = cast(Preprocess, encoder.preprocess)
     with evaluating(encoder, device) as where:
-        classifier, settings = crop_classifier(forward, images, preprocess, probe, seed=seed, device=where)
+        dim = train.features.shape[1]
+        classifier, settings = crop_classifier(forward, dim, images, preprocess, probe, seed=seed, device=where)
     return _linear_report(probe.protocol, classifier, train, val, settings, seed)
 
 

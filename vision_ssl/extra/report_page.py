@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, hub
+from ..card import describe_origin
 from ..data import Source
 from ..features import Features
 from ..pretrain import commit_of_package, describe_machine
@@ -249,7 +250,8 @@ def _provenance(card: Mapping[str, Any], linear: Report, samples: Samples, devic
         ("pretrained on", pretrained_on.get("name")),
         ("images", pretrained_on.get("images")),
         ("digest of the images", _short(pretrained_on.get("digest"))),
-        *((name, value) for name, value in training.items()),
+        *((name, value) for name, value in training.items() if name != "init"),
+        *([("started from", describe_origin(card))] if training else []),
         ("licence", card.get("licence")),
     ]
     measured = [
