@@ -245,6 +245,7 @@ def test_finetune(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.Capt
     assert "classes=3: expected 1 to 2" in refused(capsys, "finetune", run, *data, "--classes", "3")
 
 
+@pytest.mark.filterwarnings("default:val. of 3 images")
 def test_leaks(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("train/c/0", "train/c/1", "train/d/2", "val/c/1", "val/c/3", "val/d/4")
     for number, name in enumerate(names):
