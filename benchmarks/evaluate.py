@@ -2,8 +2,9 @@
 
     python benchmarks/evaluate.py simclr_resnet18 --data tiny-imagenet-200 --per-class 100 --out scores.json
 
-All are fitted on the same training images and scored once on all validation images. The JSON has one entry for each
-line of the table and protocol.
+All are fitted on the same training images and scored once on all validation images, or with `--held-out 25` on so many
+other training images of each class: to choose between models, for which validation images must not serve. The JSON has
+one entry for each line of the table and protocol.
 """
 
 from contextlib import nullcontext
@@ -34,6 +35,7 @@ class Arguments:
         models: Names or runs, as `vision_ssl.load` takes them.
         data: A labelled source with a training and a validation split.
         per_class: Training images of each class to fit on, drawn at random with seed 0; by default all.
+        held_out: Score on so many other training images of each class; the validation split is then not opened.
         pixels: Side at which raw pixels are the features of the baseline.
         device: Where the encoders compute.
         out: The JSON.
@@ -43,6 +45,7 @@ class Arguments:
     data: str
     out: Path
     per_class: int | None = None
+    held_out: int | None = None
     pixels: int = 16
     device: str = "auto"
 
@@ -58,20 +61,22 @@ def main(arguments: Arguments) -> None:
             rows += reports(label, features(encoder, train, arguments), features(encoder, val, arguments))
     train, val = splits(arguments, arguments.pixels)
     pixels = [pixel_features(images, size=arguments.pixels) for images in (train, val)]
-    rows += reports(f"raw pixels, {arguments.pixels} px", *pixels)
+    rows += reports(label_of_pixels(arguments), *pixels)
     print(table(rows))
     linears = {label: report for label, report in rows if report.protocol == "linear"}
-    differences = {
-        f"{name} - {other}": str(paired_bootstrap(linears[name], linears[other]))
-        for name in arguments.models
-        for other in (f"{name}, untrained", f"raw pixels, {arguments.pixels} px")
-    }
+    first, *rivals = arguments.models
+    pairs = [
+        *((name, other) for name in arguments.models for other in (f"{name}, untrained", label_of_pixels(arguments))),
+        *((rival, first) for rival in rivals),
+    ]
+    differences = {f"{name} - {other}": str(paired_bootstrap(linears[name], linears[other])) for name, other in pairs}
     for pair, difference in differences.items():
         print(f"linear, {pair}: {difference}")
     save_json(
         arguments.out,
         {
             "data": arguments.data if not Path(arguments.data).exists() else Path(arguments.data).name,
+            "scored_on": "validation images" if arguments.held_out is None else "held-out training images",
             "machine": describe_machine(device),
             "precision": "bf16" if native_bf16(device) else "fp32",
             "torch": torch.__version__,
@@ -82,11 +87,22 @@ def main(arguments: Arguments) -> None:
     )
 
 
+def label_of_pixels(arguments: Arguments) -> str:
+    """What the table calls the baseline."""
+    return f"raw pixels, {arguments.pixels} px"
+
+
 def splits(arguments: Arguments, size: int) -> tuple[ImageSet, ImageSet]:
-    """The training images that take part, and all validation images."""
+    """The images to fit on and those to score on."""
     train = open_images(arguments.data, size=size, require_labels=True)
-    val = open_images(arguments.data, size=size, split="val", require_labels=True)
-    return train if arguments.per_class is None else train.per_class(arguments.per_class), val
+    fitted = train if arguments.per_class is None else train.per_class(arguments.per_class)
+    if arguments.held_out is None:
+        return fitted, open_images(arguments.data, size=size, split="val", require_labels=True)
+    if arguments.per_class is None:
+        raise SystemExit("held_out: expected with per_class, which leaves images to hold out")
+    more = train.per_class(arguments.per_class + arguments.held_out)  # of the same draw: it contains the others
+    chosen = set(fitted.paths)
+    return fitted, more.select([index for index, path in enumerate(more.paths) if path not in chosen])
 
 
 def features(encoder: torch.nn.Module, images: ImageSet, arguments: Arguments) -> Features:
