@@ -20,6 +20,9 @@ from .errors import DataError
 from .pooling import Pooling, check_pooling, pool
 from .storage import load_tensors, save_tensors
 
+BATCH = 256
+CPU_BATCH = 32  # of more, each layer's output is too large for the allocator to keep, and is paged in anew
+
 _FACTS = ("classes", "paths", "digest", "encoder", "preprocess")
 
 
@@ -135,7 +138,7 @@ def extract(
     split: Split = "train",
     pooling: Pooling = "avg",
     layers: int = 1,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     device: str | torch.device | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     require_labels: bool = False,
@@ -153,7 +156,7 @@ def extract(
         pooling: "avg" is what the encoder returns: the mean of a ViT's patch tokens, or of a ResNet's map. Of a ViT
             also "token", its class token, or "both" side by side.
         layers: How many of a ViT's last layers are averaged.
-        batch_size: Images at a time.
+        batch_size: Images at a time; by default 256, and 32 on a CPU.
         device: Where to compute, such as "cuda"; by default where the encoder is.
         cache_dir: Where the decoded images are kept.
         require_labels: Refuse a source without labels.
@@ -178,18 +181,18 @@ def extract_with(
     source: Source,
     *,
     split: Split = "train",
-    batch_size: int = 256,
+    batch_size: int | None = None,
     device: str | torch.device | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     require_labels: bool = False,
 ) -> Features:
     """Do as `extract`, with what `forward` makes of normalised images by means of the encoder: (B, D)."""
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise DataError(f"batch_size={batch_size}: expected at least 1")
     images, preprocess = images_for(encoder, source, split=split, cache_dir=cache_dir, require_labels=require_labels)
     features, done = torch.empty(0), 0
     with evaluating(encoder, device) as where, tqdm(total=len(images), **_bar(images)) as bar:
-        for pixels in images.pixels.split(batch_size):
+        for pixels in images.pixels.split(batch_size or (CPU_BATCH if where.type == "cpu" else BATCH)):
             with torch.inference_mode():
                 output = forward(preprocess.normalise(pixels.to(where)))
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(pixels):
