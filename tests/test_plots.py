@@ -137,6 +137,12 @@ def test_reconstruction(channels: int, drawn: int, tmp_path: Path, figures: list
         np.testing.assert_array_equal(picture.reshape(8, 8, drawn), image[:drawn].permute(1, 2, 0))
 
 
+def test_a_reconstruction_says_what_was_given(tmp_path: Path, figures: list[Any]) -> None:
+    images = torch.rand(1, 3, 8, 8)
+    plots.reconstruction(images, images, images, tmp_path / "triptych.png", norm_pix=True)
+    assert figures[0].axes[2].get_title() == "reconstructed\ngiven each patch's\nmean and contrast"
+
+
 def measured(protocol: str, correct: int) -> Report:
     """What a probe with `correct` of 200 images right reports."""
     targets = np.zeros(200, dtype=np.int64)

@@ -3,7 +3,7 @@
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
@@ -11,6 +11,7 @@ from .options import FineTuning, Protocol
 from .registry import UPSTREAM, WEIGHTS, find
 
 if TYPE_CHECKING:
+    from .recipes import MAE
     from .report import Report
 
 Name = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
@@ -260,11 +261,12 @@ def reconstruct_command(
     from PIL import Image
 
     from .plots import reconstruction
-    from .restore import reconstruct
+    from .restore import recipe_of, reconstruct
 
     with ExitStack() as files:
         pictures = [files.enter_context(Image.open(path)) for path in images]
-        print(reconstruction(*reconstruct(name, pictures, mask_ratio=mask_ratio, seed=seed), out))
+        images_of = reconstruct(name, pictures, mask_ratio=mask_ratio, seed=seed)
+    print(reconstruction(*images_of, out, norm_pix=cast("MAE", recipe_of(name)).norm_pix))
 
 
 def plot_command(

@@ -11,6 +11,7 @@ from .features import Features, extract, pixel_features
 from .neighbours import knn
 from .plots import comparison, curves, reconstruction
 from .probe import linear
+from .recipes import MAE
 from .registry import WEIGHTS, Weights
 from .report import Report, paired_bootstrap, table
 from .restore import random_encoder, recipe_of, reconstruct
@@ -46,9 +47,10 @@ def demo(out: Path) -> None:
     pictures = [comparison(rows, out / "scores.png")]
     for weights in MODELS:
         pictures.append(curves(weights.directory, out / f"{weights.name}-curves.png"))
-        if recipe_of(weights.name).method == "mae":
-            images = list(photographs().values())
-            pictures.append(reconstruction(*reconstruct(weights.name, images), out / f"{weights.name}.png"))
+        recipe = recipe_of(weights.name)
+        if isinstance(recipe, MAE):
+            images = reconstruct(weights.name, list(photographs().values()))
+            pictures.append(reconstruction(*images, out / f"{weights.name}.png", norm_pix=recipe.norm_pix))
     print(
         "\n".join(["", *map(str, pictures), f"{time.monotonic() - began:.0f} s on {torch.get_num_threads()} threads"])
     )

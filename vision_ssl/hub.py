@@ -118,7 +118,7 @@ def load(
     """Load an encoder.
 
     Args:
-        name: A model such as `mae_vit_small` or `mae_vit_small.tiny_imagenet`; a run, its `weights` folder, or a
+        name: A model such as `mae_vit_small` or `mae_vit_small.tiny_imagenet_v2`; a run, its `weights` folder, or a
             `.safetensors` file that lies beside its `config.json`; or a repository of the Hugging Face Hub,
             `hf:owner/repo` or `hf:owner/repo@revision`. A model is taken from the package, else from the `weights`
             folder of the clone, else from the cache, else from the Hub.

@@ -114,7 +114,14 @@ def probe_curve(rows: Sequence[Record], title: str, out: str | os.PathLike[str])
     return _save(figure, out)
 
 
-def reconstruction(original: "Tensor", masked: "Tensor", reconstructed: "Tensor", out: str | os.PathLike[str]) -> Path:
+def reconstruction(
+    original: "Tensor",
+    masked: "Tensor",
+    reconstructed: "Tensor",
+    out: str | os.PathLike[str],
+    *,
+    norm_pix: bool = False,
+) -> Path:
     """Draw what MAE was shown and what it made of it: one row an image.
 
     Args:
@@ -122,6 +129,7 @@ def reconstruction(original: "Tensor", masked: "Tensor", reconstructed: "Tensor"
         masked: The same with the removed patches blank.
         reconstructed: The same with the removed patches predicted.
         out: Where the picture goes; the suffix chooses the format.
+        norm_pix: Whether each patch was predicted in terms of its own mean and contrast, as the picture then says.
 
     Returns:
         The path of the picture.
@@ -129,8 +137,9 @@ def reconstruction(original: "Tensor", masked: "Tensor", reconstructed: "Tensor"
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    columns = {"original": original, "masked": masked, "reconstructed": reconstructed}
-    figure = _figure(2.2 * len(columns), 0.3 + 2.2 * len(original))
+    given = "\ngiven each patch's\nmean and contrast" if norm_pix else ""
+    columns = {"original": original, "masked": masked, f"reconstructed{given}": reconstructed}
+    figure = _figure(2.2 * len(columns), (0.7 if given else 0.3) + 2.2 * len(original))
     grid = figure.subplots(len(original), len(columns), squeeze=False)
     for column, (title, images) in enumerate(columns.items()):
         grid[0, column].set_title(title)

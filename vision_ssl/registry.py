@@ -70,11 +70,11 @@ WEIGHTS: tuple[Weights, ...] = (
         },
     ),
     Weights(
-        "mae_vit_small.tiny_imagenet",
-        "MAE, ViT-Small with patches of 8 px, 64 px, 4 epochs of Tiny ImageNet on a CPU",
+        "mae_vit_small.tiny_imagenet_v2",
+        "MAE, ViT-Small with patches of 8 px, 64 px, 9 epochs of Tiny ImageNet on a CPU",
         {
-            "model.safetensors": "30f26d6ec6a4b2b2863d4abf3d088a2ad0157982f3ef0fd844cbe371f67dc753",
-            "head.safetensors": "aebdaa992cce4502cb3f4890e0f3290b8c71fd1e0e0aa746e6e533db9849bc41",
+            "model.safetensors": "e032060f2477e1edcb0c3dbbf30fb75bd4bc8ba73c5e1302356f7d203d7c70f6",
+            "head.safetensors": "b0c1d301402fb19b8f94ce01cd77897399c6945bfc141ba3d7d1210aeefe9c0c",
         },
     ),
 )

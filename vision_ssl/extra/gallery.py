@@ -12,7 +12,8 @@ from ..data import ImageSet
 from ..errors import WeightsError
 from ..features import Features
 from ..hub import Encoder
-from ..restore import reconstruct
+from ..recipes import MAE
+from ..restore import recipe_of, reconstruct
 from .glimpses import class_attention, is_vit, map_similarity, token_colours
 from .html import Child, Markup, figure, scrolling, tag
 from .measured import Samples
@@ -76,6 +77,8 @@ def reconstructions(name: str, images: ImageSet) -> Markup:
         "The encoder sees what is not gray, and the decoder fills in the rest. What was kept is shown as it was: MAE "
         "is not trained to repeat it."
     )
+    if cast(MAE, recipe_of(name)).norm_pix:
+        caption += " It predicts each patch in terms of the patch's own mean and contrast, which are given here."
     return figure(_strip(rows, names), caption)
 
 
