@@ -142,7 +142,7 @@ def protocols_table(folder: Path = REPRODUCED) -> str:
             values = {**found[protocol]["further"], "accuracy": found[protocol]["accuracy"]}[figure]
             means.append(statistics.mean(values))
         shown_means = [pattern.format(mean) for mean in means]
-        rows.append([f"`{protocol}`", figure.replace("_", " "), *shown_means, f"{means[-1] / means[0]:.1f}"])
+        rows.append([f"`{protocol}`", figure.replace("_", " "), *shown_means, f"{means[-1] / means[0]:.2f}"])
     names = [f"`{record['model']['name']}`" for record in records]
     return table(["protocol", "figure", *names, "second to first"], rows)
 
