@@ -23,7 +23,7 @@ from vision_ssl.device import native_bf16
 from vision_ssl.encoders import resolve_encoder
 from vision_ssl.hub import attach
 
-SIDE, FILES, BATCH = 224, 64, 32
+SIDE, FILES, BATCH = 224, 64, 8
 LEAST_COSINE = 0.999
 
 

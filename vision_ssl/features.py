@@ -21,7 +21,8 @@ from .pooling import Pooling, check_pooling, pool
 from .storage import load_tensors, save_tensors
 
 BATCH = 256
-CPU_BATCH = 32  # of more, each layer's output is too large for the allocator to keep, and is paged in anew
+# On a CPU: of more, each layer's output is too large for the allocator to keep, and is paged in anew.
+CPU_PIXELS, CPU_LEAST = 1 << 17, 8
 
 _FACTS = ("classes", "paths", "digest", "encoder", "preprocess")
 
@@ -156,7 +157,7 @@ def extract(
         pooling: "avg" is what the encoder returns: the mean of a ViT's patch tokens, or of a ResNet's map. Of a ViT
             also "token", its class token, or "both" side by side.
         layers: How many of a ViT's last layers are averaged.
-        batch_size: Images at a time; by default 256, and 32 on a CPU.
+        batch_size: Images at a time; by default 256, and on a CPU 32 of 64 px or 8 of 224 px.
         device: Where to compute, such as "cuda"; by default where the encoder is.
         cache_dir: Where the decoded images are kept.
         require_labels: Refuse a source without labels.
@@ -192,7 +193,7 @@ def extract_with(
     images, preprocess = images_for(encoder, source, split=split, cache_dir=cache_dir, require_labels=require_labels)
     features, done = torch.empty(0), 0
     with evaluating(encoder, device) as where, tqdm(total=len(images), **_bar(images)) as bar:
-        for pixels in images.pixels.split(batch_size or (CPU_BATCH if where.type == "cpu" else BATCH)):
+        for pixels in images.pixels.split(batch_size or _images_at_a_time(preprocess.size, where)):
             with torch.inference_mode():
                 output = forward(preprocess.normalise(pixels.to(where)))
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(pixels):
@@ -203,6 +204,10 @@ def extract_with(
             done += len(pixels)
             bar.update(len(pixels))
     return _features(features, images, _name(encoder), str(preprocess))
+
+
+def _images_at_a_time(size: int, device: torch.device) -> int:
+    return max(CPU_LEAST, CPU_PIXELS // size**2) if device.type == "cpu" else BATCH
 
 
 def images_for(
