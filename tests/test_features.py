@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vision_ssl import features as module
 from vision_ssl.data import ImageSet, Preprocess, open_images
 from vision_ssl.errors import CheckpointError, DataError
 from vision_ssl.features import Features, extract, pixel_features
@@ -59,6 +60,11 @@ def assert_same(a: Features, b: Features) -> None:
     assert a.labels is None or b.labels is None or torch.equal(a.labels, b.labels)
     assert (a.classes, a.paths, a.digest, a.encoder) == (b.classes, b.paths, b.digest, b.encoder)
     assert a.preprocess == b.preprocess
+
+
+@pytest.mark.parametrize(("size", "device", "at_a_time"), [(64, "cpu", 32), (224, "cpu", 8), (224, "cuda", 256)])
+def test_images_at_a_time(size: int, device: str, at_a_time: int) -> None:
+    assert module._images_at_a_time(size, torch.device(device)) == at_a_time
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 256])

@@ -245,6 +245,7 @@ def blur_weights(sigma: Tensor, side: int, kernel_size: int) -> Tensor:
     half = kernel_size // 2
     taps = torch.arange(-half, half + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
+    kernel = kernel.where(kernel > 1e-20, 0.0)  # denormal numbers would take a CPU many times as long
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
     at = (torch.arange(side, device=sigma.device)[:, None] + taps).abs()  # reflected at 0
     at = side - 1 - (side - 1 - at).abs()  # and at the other end
