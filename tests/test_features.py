@@ -64,7 +64,8 @@ def assert_same(a: Features, b: Features) -> None:
 
 @pytest.mark.parametrize(("size", "device", "at_a_time"), [(64, "cpu", 32), (224, "cpu", 8), (224, "cuda", 256)])
 def test_images_at_a_time(size: int, device: str, at_a_time: int) -> None:
-    assert module._images_at_a_time(size, torch.device(device)) == at_a_time
+    preprocess = Preprocess(size, (0.5,), (0.25,))
+    assert module.images_at_a_time(preprocess, torch.device(device)) == at_a_time
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 256])

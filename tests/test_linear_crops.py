@@ -97,7 +97,7 @@ def direct(probe: CropProbe, batch: int, warmup_steps: int, seed: int) -> nn.Seq
 def test_it_is_what_torchs_own_parts_do_step_for_step(
     probe: CropProbe, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ENCODED", 13)  # several parts a batch
+    monkeypatch.setattr(module, "images_at_a_time", lambda *_: 13)  # several parts a batch
     classifier, settings = fit(probe)
     features = extract(Colours(), VAL).features
     expected = direct(probe, batch, probe.warmup_epochs * (70 // batch), 5)(features)

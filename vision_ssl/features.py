@@ -193,7 +193,7 @@ def extract_with(
     images, preprocess = images_for(encoder, source, split=split, cache_dir=cache_dir, require_labels=require_labels)
     features, done = torch.empty(0), 0
     with evaluating(encoder, device) as where, tqdm(total=len(images), **_bar(images)) as bar:
-        for pixels in images.pixels.split(batch_size or _images_at_a_time(preprocess.size, where)):
+        for pixels in images.pixels.split(batch_size or images_at_a_time(preprocess, where)):
             with torch.inference_mode():
                 output = forward(preprocess.normalise(pixels.to(where)))
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(pixels):
@@ -206,8 +206,9 @@ def extract_with(
     return _features(features, images, _name(encoder), str(preprocess))
 
 
-def _images_at_a_time(size: int, device: torch.device) -> int:
-    return max(CPU_LEAST, CPU_PIXELS // size**2) if device.type == "cpu" else BATCH
+def images_at_a_time(preprocess: Preprocess, device: torch.device) -> int:
+    """How many images to encode together without gradients."""
+    return max(CPU_LEAST, CPU_PIXELS // preprocess.size**2) if device.type == "cpu" else BATCH
 
 
 def images_for(

@@ -233,7 +233,7 @@ def _train(
     model.to(memory_format=torch.channels_last).train()
     optimizer = AdamW(layer_groups(model, how), betas=BETAS, fused=True)
     weights = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-    means = [tensor.clone() for tensor in weights]
+    means = [tensor.clone() for tensor in weights] if how.ema else weights
     pixels = brought_near(images.pixels, device)
     labels = cast(Tensor, images.labels).to(pixels.device)
     steps_per_epoch = len(images) // how.batch_size
@@ -264,16 +264,18 @@ def _train(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            # Low at first, or a short run would be scored by weights from its beginning.
-            decay = min(how.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(means, weights, 1 - decay)
+            if how.ema:
+                # Low at first, or a short run would be scored by weights from its beginning.
+                decay = min(how.ema, (1 + step) / (10 + step))
+                torch._foreach_lerp_(means, weights, 1 - decay)
         value = loss.item()
         bar.set_postfix(loss=f"{value:.3f}")
         if not math.isfinite(value):
             raise TrainingError(f"the loss is {value} in epoch {epoch + 1}: try a lower base_lr or a longer warm-up")
         if time_limit is not None and time.monotonic() - began > 60 * time_limit:
             break
-    torch._foreach_copy_(weights, means)
+    if how.ema:
+        torch._foreach_copy_(weights, means)
     return epoch + 1
 
 

@@ -15,13 +15,13 @@ from .augment import Draws, crop_resize, random_boxes
 from .data import ImageSet, Preprocess, normalise
 from .device import brought_near
 from .errors import TrainingError
+from .features import images_at_a_time
 from .logistic import Classifier
 from .optim import LARS, parameter_groups, schedule_factor
 
 CROPPED = (0.08, 1.0)  # share of the area (Szegedy et al. 2015, section 6)
 MOMENTUM = 0.9
 NORM_EPS = 1e-6  # of MAE's code
-ENCODED = 256  # images at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,8 @@ def _features(
     """Features float32 (B, D) of a random crop of each of the images at `rows` (B,) of uint8 (n, C, S, S)."""
     device = draws.device
     boxes, flips = random_boxes(draws, *pixels.shape[2:], scale=CROPPED), draws.chance(0.5)
-    found = []
-    for chosen, *crop in zip(*(every.split(ENCODED) for every in (rows, boxes, flips)), strict=True):
+    found, at_a_time = [], images_at_a_time(preprocess, device)
+    for chosen, *crop in zip(*(every.split(at_a_time) for every in (rows, boxes, flips)), strict=True):
         part = pixels.index_select(0, chosen).to(device)
         with torch.autocast(device.type, enabled=False):  # the caller's is for the encoder
             crops = crop_resize(part, *crop, size=preprocess.size, interpolation="bicubic")

@@ -96,24 +96,14 @@ def fast_view(recipe: "SimCLR", images: Tensor, choices: Choices) -> Tensor:
     else differs from `exact_view`.
     """
     boxes, flips, jitter, gray, blurred, sigma = choices
-    size, (mean, std) = recipe.image_size, channel_statistics(recipe.channels)
-
-    def blurred_crops(images: Tensor, boxes: Tensor, flips: Tensor, blurred: Tensor, sigma: Tensor) -> Tensor:
-        if one_by_one(images, size):
-            blur = partial(gaussian_blur, kernel_size=recipe.blur_taps)
-            return on_chosen(blurred, blur, crop_resize(images, boxes, flips, size=size), sigma)
-
-        def with_blur(weights: Tensor, sigma: Tensor) -> Tensor:
-            return blur_weights(sigma, size, recipe.blur_taps) @ weights
-
-        crop = crop_weights(boxes, flips, images.shape[2:], size=size)
-        return separable(images.float(), *(on_chosen(blurred, with_blur, weights, sigma) for weights in crop))
+    mean, std = channel_statistics(recipe.channels)
 
     colors = ColorMap.of(jitter, gray, recipe.channels)
     scale, shift = constant(std, images.device)[:, None], constant(mean, images.device)[:, None]
     view = _empty_view(recipe, images)
     for rows in in_blocks(view):
-        crops = blurred_crops(images[rows], *(choice[rows] for choice in (boxes, flips, blurred, sigma))).flatten(2)
+        chosen = (choice[rows] for choice in (boxes, flips, blurred, sigma))
+        crops = _blurred_crops(recipe, images[rows], *chosen).flatten(2)
         matrix, of_mean = colors.rows(rows)
         offset = of_mean @ crops.mean(dim=2, keepdim=True) - shift
         part = view[rows].flatten(2)
@@ -121,6 +111,22 @@ def fast_view(recipe: "SimCLR", images: Tensor, choices: Choices) -> Tensor:
         for channel in range(recipe.channels):
             part[:, channel].clamp_(-mean[channel] / std[channel], (1 - mean[channel]) / std[channel])  # black, white
     return view
+
+
+def _blurred_crops(
+    recipe: "SimCLR", images: Tensor, boxes: Tensor, flips: Tensor, blurred: Tensor, sigma: Tensor
+) -> Tensor:
+    """Crops (B, C, S, S), of which some are blurred: by the same matrices, where there are any."""
+    size = recipe.image_size
+    if one_by_one(images, size):
+        blur = partial(gaussian_blur, kernel_size=recipe.blur_taps)
+        return on_chosen(blurred, blur, crop_resize(images, boxes, flips, size=size), sigma)
+
+    def with_blur(weights: Tensor, sigma: Tensor) -> Tensor:
+        return blur_weights(sigma, size, recipe.blur_taps) @ weights
+
+    crop = crop_weights(boxes, flips, images.shape[2:], size=size)
+    return separable(images.float(), *(on_chosen(blurred, with_blur, weights, sigma) for weights in crop))
 
 
 def _empty_view(recipe: "SimCLR", images: Tensor) -> Tensor:
