@@ -30,13 +30,14 @@ from vision_ssl.recipes import Recipe
 from vision_ssl.storage import save_json
 
 ROUNDS = 5
+BATCHES = 5  # images of a training run, in steps
 # Images a second that an H100's arithmetic allows in bf16, and what is asked for.
 TRAINING: dict[str, tuple[Recipe, int, int]] = {
     "SimCLR ResNet-18 at 32 px": (SimCLR(image_size=32, batch_size=1024), 118_000, 30_000),
     "SimCLR ResNet-50 at 64 px": (SimCLR(encoder="resnet50", image_size=64, batch_size=512), 12_700, 3_500),
     "MAE ViT-S/8 at 64 px": (MAE(image_size=64, batch_size=2048), 226_000, 38_000),
 }
-FEATURES_ASKED = 25_000
+FEATURES, FEATURES_ASKED = "features of ViT-S/16 at 224 px", 25_000
 
 
 @dataclass
@@ -47,12 +48,14 @@ class Arguments:
         device: Where.
         tiny: Small batches and few steps: a rehearsal, whose figures mean nothing.
         steps: Steps of a training run that are timed, after as many that are not.
+        only: Rows whose names hold one of these; by default all.
         out: The JSON.
     """
 
     device: str = "auto"
     tiny: bool = False
     steps: int = 100
+    only: tuple[str, ...] = ()
     out: Path = RESULTS / "throughput.json"
 
 
@@ -63,9 +66,9 @@ def random_pixels(count: int, size: int) -> Tensor:
 
 def training(recipe: Recipe, device: torch.device, steps: int, compile: str) -> list[float]:
     """Images a second of the real loop, in `ROUNDS` parts of the second half of a run."""
-    pixels = random_pixels(recipe.batch_size * 4, recipe.image_size)
+    pixels = random_pixels(recipe.batch_size * BATCHES, recipe.image_size)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = replace(recipe, epochs=2 * steps // 4)
+        recipe = replace(recipe, epochs=2 * steps // BATCHES)
         run = recipe.train(
             pixels, out=Path(folder) / "run", device=str(device), compile=compile, look_epochs=0, save_minutes=60
         )
@@ -168,7 +171,14 @@ def main(arguments: Arguments) -> None:
         print(json.dumps(rows[-1]), flush=True)
         save_json(arguments.out, facts | {"rows": rows})
 
+    def wanted(work: str) -> bool:
+        return not arguments.only or any(part in work for part in arguments.only)
+
+    if wanted(FEATURES):
+        add(FEATURES, features(device, 4 if arguments.tiny else 8192), asked_for=FEATURES_ASKED)
     for name, (full, ceiling, asked) in TRAINING.items():
+        if not wanted(name):
+            continue
         recipe = replace(full, batch_size=4) if arguments.tiny else full
         kinds = {"exact views": recipe} | (
             {"fast views": replace(recipe, fast_views=True)} if isinstance(recipe, SimCLR) else {}
@@ -184,7 +194,6 @@ def main(arguments: Arguments) -> None:
             add(f"{name}, {kind}, augmentation alone", augmentation(own, device, repeats))
         for peer, work in peers(recipe, device).items():
             add(f"{name}, without augmentation: {peer}", rate(work, recipe.batch_size, device, repeats))
-    add("features of ViT-S/16 at 224 px", features(device, 4 if arguments.tiny else 8192), asked_for=FEATURES_ASKED)
 
 
 if __name__ == "__main__":

@@ -476,6 +476,24 @@ def test_the_monitor_looks_between_epochs_and_changes_nothing(tmp_path: Path) ->
     assert_same(state(watched), state(alone))
 
 
+def test_a_look_does_not_compile_the_network_anew(tmp_path: Path) -> None:
+    graphs: list[int] = []
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Any:
+        graphs.append(len(inputs))
+        return graph
+
+    def monitor(model: nn.Module) -> dict[str, float]:
+        with torch.inference_mode():
+            cast(nn.Module, model.eval().encoder)(torch.zeros(7, *PIXELS.shape[1:]))
+        return {"knn_accuracy": 12.5}
+
+    trainer = make(tmp_path, Tiny())
+    cast(nn.Module, trainer.model.encoder).compile(backend=backend)
+    fit(trainer, monitor=monitor)
+    assert len(graphs) == 1
+
+
 def test_metrics_of_the_model_are_logged_for_each_step(tmp_path: Path) -> None:
     fit(make(tmp_path, Tiny(epochs=6)))  # more steps than stay on the device at a time
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 25))

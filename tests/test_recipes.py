@@ -234,6 +234,12 @@ BAD: list[tuple[type[Recipe], dict[str, Any], str]] = [
     (MAE, {"mask_unit": "pixels"}, r"mask_unit='pixels' is unknown: expected one of patch, pixel"),
     (MAE, {"loss_on": "kept"}, r"loss_on='kept' is unknown: expected one of masked, all"),
     (MAE, {"mask_ration": 0.5}, r"MAE has no field mask_ration: did you mean mask_ratio\?"),
+    (SimCLR, {"view_size": 0}, r"view_size=0 is too small: expected at least 1"),
+    (
+        SimCLR,
+        {"encoder": "vit_tiny", "view_size": 48},
+        r"view_size=48 needs a ResNet encoder: a ViT takes image_size alone",
+    ),
     (SimCLR, {"qqq": 1}, r"SimCLR has no field qqq: expected one of encoder, image_size, .*fast_views"),
 ]
 

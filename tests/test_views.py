@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vision_ssl.augment import LARGE, Draws, random_boxes
 from vision_ssl.recipes import SimCLR
-from vision_ssl.views import Choices, exact_view, fast_view
+from vision_ssl.views import Choices, blur_taps, exact_view, fast_view
 
 CPU = torch.device("cpu")
 
@@ -34,6 +34,15 @@ def test_two_different_views_of_each_image(channels: int, fast: bool) -> None:
     assert len(views) == 2
     assert all(view.shape == (6, channels, 32, 32) and view.dtype == torch.float32 for view in views)
     assert not any(torch.allclose(*pair) for pair in zip(*views, strict=True))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_smaller_views_are_what_images_of_that_size_would_give(fast: bool) -> None:
+    direct = SimCLR(image_size=24, batch_size=2, blur=1.0, fast_views=fast)
+    smaller = replace(direct, image_size=64, view_size=24)
+    for own, expected in zip(*(recipe.augment(pixels(6), draws(6)) for recipe in (smaller, direct)), strict=True):
+        assert own.shape == (6, 3, 24, 24)
+        assert own.equal(expected)
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -94,7 +103,7 @@ def test_flip_and_crop_scale_are_the_recipes() -> None:
     ("image_size", "given", "taps"), [(64, None, 7), (32, None, 3), (224, None, 23), (16, None, 1), (64, 5, 5)]
 )
 def test_blur_has_a_tenth_of_the_image_in_taps(image_size: int, given: int | None, taps: int) -> None:
-    assert SimCLR(image_size=image_size, blur_kernel=given, batch_size=2).blur_taps == taps
+    assert blur_taps(SimCLR(image_size=image_size, blur_kernel=given, batch_size=2)) == taps
 
 
 @pytest.mark.parametrize("fast", [False, True])

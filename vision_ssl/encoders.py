@@ -246,8 +246,9 @@ def resize_input(encoder: nn.Module, image_size: int) -> None:
 def compile_network(model: nn.Module, **options: Any) -> None:
     """Compile, in place, what holds nearly all the arithmetic of a model: ViT blocks, and ResNets as a whole.
 
-    Blocks share their code, so that one is compiled and serves all. Parameters, their names and copies of the model
-    stay what they are; a ResNet's maps (`forward_features`) are computed without it.
+    Blocks share their code, so that one is compiled and serves all of its size. Shapes are taken as fixed: kernels for
+    any size are slower, and a training step has always the same. Parameters, their names and copies of the model stay
+    what they are; a ResNet's maps (`forward_features`) are computed without it.
 
     Args:
         model: Any module.
@@ -255,4 +256,4 @@ def compile_network(model: nn.Module, **options: Any) -> None:
     """
     for module in model.modules():
         if isinstance(module, Block | ResNet):
-            module.compile(**options)
+            module.compile(dynamic=False, **options)

@@ -366,7 +366,10 @@ class Trainer:
                 if monitor and self._due(monitor_epochs):
                     self._verify()
                     if rank() == 0:
-                        self.metrics.write({"step": progress.step, "epoch": epoch, **monitor(self.model)})
+                        # As it is, not as compiled: a look is too short to be worth compiling the network anew.
+                        with torch.compiler.set_stance("force_eager"):
+                            seen = monitor(self.model)
+                        self.metrics.write({"step": progress.step, "epoch": epoch, **seen})
                         self.model.train()
                     last_step = time.perf_counter()
                 if self._due(keep_epochs):

@@ -78,10 +78,10 @@ class Choices(NamedTuple):
 def exact_view(recipe: "SimCLR", images: Tensor, choices: Choices) -> Tensor:
     """A view whose every step is torchvision's: (B, C, S, S) of images (B, C, H, W)."""
     boxes, flips, jitter, gray, blurred, sigma = choices
-    blur = partial(gaussian_blur, kernel_size=recipe.blur_taps)
+    blur = partial(gaussian_blur, kernel_size=blur_taps(recipe))
     view = _empty_view(recipe, images)
     for rows in jitter.blocks(view):
-        part = crop_resize(images[rows], boxes[rows], flips[rows], size=recipe.image_size)
+        part = crop_resize(images[rows], boxes[rows], flips[rows], size=view_side(recipe))
         part = color_jitter(part, jitter.rows(rows))
         part = random_grayscale(part, gray[rows])
         part = on_chosen(blurred[rows], blur, part, sigma[rows])
@@ -117,18 +117,28 @@ def _blurred_crops(
     recipe: "SimCLR", images: Tensor, boxes: Tensor, flips: Tensor, blurred: Tensor, sigma: Tensor
 ) -> Tensor:
     """Crops (B, C, S, S), of which some are blurred: by the same matrices, where there are any."""
-    size = recipe.image_size
+    size = view_side(recipe)
     if one_by_one(images, size):
-        blur = partial(gaussian_blur, kernel_size=recipe.blur_taps)
+        blur = partial(gaussian_blur, kernel_size=blur_taps(recipe))
         return on_chosen(blurred, blur, crop_resize(images, boxes, flips, size=size), sigma)
 
     def with_blur(weights: Tensor, sigma: Tensor) -> Tensor:
-        return blur_weights(sigma, size, recipe.blur_taps) @ weights
+        return blur_weights(sigma, size, blur_taps(recipe)) @ weights
 
     crop = crop_weights(boxes, flips, images.shape[2:], size=size)
     return separable(images.float(), *(on_chosen(blurred, with_blur, weights, sigma) for weights in crop))
 
 
+def view_side(recipe: "SimCLR") -> int:
+    """Side of the views, pixels: `view_size`, or that of the images."""
+    return recipe.view_size or recipe.image_size
+
+
+def blur_taps(recipe: "SimCLR") -> int:
+    """Taps of the blur: `blur_kernel`, or a tenth of the view's side, odd."""
+    return recipe.blur_kernel or view_side(recipe) // 20 * 2 + 1
+
+
 def _empty_view(recipe: "SimCLR", images: Tensor) -> Tensor:
-    size = recipe.image_size
+    size = view_side(recipe)
     return torch.empty(*images.shape[:2], size, size, device=images.device)

@@ -3,11 +3,15 @@
     python -m benchmarks.gpu.job simclr_resnet18 --data tiny-imagenet-200 --work work --out out --minutes 9
 
 What has to outlive a call lies in `--work`: decoded images and runs. Repeat the command until it says that the job is
-done; what is to be kept is then in `--out`, in parts that `pack.py` joins. `--tiny` rehearses a job on a CPU.
+done; what is to be kept is then in `--out`, in parts that `pack.py` joins. `--tiny` rehearses a job on a CPU. Where
+the minutes are few, `--pilot` first tries a job's own settings, and `--fit 5` then trains the epochs that five minutes
+allow at the speed that was found.
 """
 
+import json
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -17,8 +21,12 @@ from pathlib import Path
 import tyro
 
 from benchmarks.gpu.pack import INDEX, split
+from vision_ssl import open_images
 from vision_ssl.config import CONFIG_FILE
+from vision_ssl.engine import FLUSH_STEPS
 from vision_ssl.hub import read_card
+from vision_ssl.pretrain import Run
+from vision_ssl.storage import save_json
 
 UNFINISHED = 3  # exit status of a call after which another one is needed
 SAVING = 0.5  # minutes that a training call keeps for its end
@@ -47,14 +55,16 @@ class Training:
     finetune: int = 0
 
 
-SIMCLR = "--batch-size 1024 --fast-views"
-MAE = "--batch-size 1024 --base-lr 3e-4"
+# A learning rate near that of square-root scaling, which is best for short runs (Chen et al. 2020, table B.1).
+SIMCLR = "--batch-size 512 --base-lr 0.9 --fast-views"
+MAE = "--batch-size 1024 --base-lr 4e-4"
 TINY = "--batch-size 500 --image-size 16"
+TINY_VIEWS = f"{TINY} --view-size 12"
 TINY_VIT = f"{TINY} --patch-size 8 --decoder-depth 1 --decoder-dim 32"
 TRAININGS = {
-    "simclr_resnet18": Training("simclr", f"--encoder resnet18 {SIMCLR}", 200, TINY),
+    "simclr_resnet18": Training("simclr", f"--encoder resnet18 --view-size 48 {SIMCLR}", 200, TINY_VIEWS),
     "mae_vit_small": Training("mae", f"--encoder vit_small {MAE}", 400, TINY_VIT, finetune=30),
-    "simclr_resnet50": Training("simclr", f"--encoder resnet50 {SIMCLR}", 40, TINY),
+    "simclr_resnet50": Training("simclr", f"--encoder resnet50 --view-size 48 {SIMCLR}", 40, TINY_VIEWS),
     "mae_vit_base": Training("mae", f"--encoder vit_base {MAE}", 100, TINY_VIT, finetune=15),
     "mae_resnet18": Training("mae", f"--encoder resnet18 {MAE}", 200, TINY),
     "mae_vit_tiny": Training("mae", f"--encoder vit_tiny {MAE}", 400, TINY_VIT, finetune=30),
@@ -74,6 +84,8 @@ class Arguments:
         data: A labelled source with a training and a validation split.
         minutes: Of this call.
         epochs: Of the training, if not the job's own.
+        pilot: Train for four epochs, to see whether it compiles and how fast it is.
+        fit: Train as many epochs as a pilot found to fit into so many minutes.
         device: Where to compute.
         tiny: Rehearse: few images, small batches, one epoch.
         seed: Of the training.
@@ -86,6 +98,8 @@ class Arguments:
     data: str = TINY_DATA
     minutes: float = 9.0
     epochs: int | None = None
+    pilot: bool = False
+    fit: float | None = None
     device: str = "auto"
     tiny: bool = False
     seed: int = 0
@@ -124,16 +138,34 @@ def throughput(arguments: Arguments) -> None:
     run("-m", "benchmarks.throughput", "--device", arguments.device, *tiny, "--out", result)
 
 
+def pilot(arguments: Arguments, job: Training) -> None:
+    """Train for four epochs, compiled if that works, and write down the speed of the last two."""
+    for compile in ("off",) if arguments.tiny else ("on", "off"):
+        out = arguments.work / f"pilot-{arguments.job}-{compile}"
+        shutil.rmtree(out, ignore_errors=True)
+        command = training(arguments, job, out)
+        try:
+            run(*command, *settings(arguments, job), "--epochs", 4, "--compile", compile, "--look-epochs", 0)
+        except subprocess.CalledProcessError as error:
+            print(f"compile {compile}: {error}", flush=True)
+            continue
+        lines = Run(out).metrics
+        block = min(FLUSH_STEPS, len(lines) // 2)  # steps between two at which the loop waits for the device
+        steady = lines[len(lines) // 2 // block * block : len(lines) // block * block]
+        speed = statistics.harmonic_mean(line["images_per_second"] for line in steady)
+        save_json(speed_file(arguments), {"images_per_second": speed, "compile": compile})
+        print(f"{arguments.job}, compile {compile}: {speed:,.0f} images/s", flush=True)
+        return
+    sys.exit(f"{arguments.job} does not train here")
+
+
 def train(arguments: Arguments, job: Training) -> None:
     """Train within the time of this call, then measure, then pack."""
     out = arguments.work / f"{arguments.job}-{arguments.seed}"
     if not finished(out):
-        epochs = 1 if arguments.tiny else arguments.epochs or job.epochs
-        settings = [*job.settings.split(), *(job.tiny.split() if arguments.tiny else []), "--seed", arguments.seed]
-        how = ["--resume"] if (out / "run.json").exists() else [*settings, "--epochs", epochs]
-        where = ["--out", out, "--cache-dir", arguments.work / "cache", "--device", arguments.device]
+        how = ["--resume"] if (out / "run.json").exists() else [*settings(arguments, job), *length(arguments, job)]
         when = [*looks(1 if arguments.tiny else job.every), "--time-limit", max(0.1, arguments.left - SAVING)]
-        run("-m", "vision_ssl", "train", job.method, arguments.data, *where, *when, *how)
+        run(*training(arguments, job, out), *when, *how)
     if not finished(out):
         unfinished("the training")
     if not (out / "results").exists():
@@ -141,6 +173,33 @@ def train(arguments: Arguments, job: Training) -> None:
             unfinished("the measurements")
         measure(out, arguments.data, arguments, finetune=1 if arguments.tiny and job.finetune else job.finetune)
     pack(out, arguments.out, arguments.batch)
+
+
+def training(arguments: Arguments, job: Training, out: Path) -> list[object]:
+    """The command that trains, without what a resumed run remembers."""
+    where = ["--out", out, "--cache-dir", arguments.work / "cache", "--device", arguments.device]
+    return ["-m", "vision_ssl", "train", job.method, arguments.data, *where]
+
+
+def settings(arguments: Arguments, job: Training) -> list[object]:
+    """The recipe of a job, in little if it is rehearsed."""
+    return [*job.settings.split(), *(job.tiny.split() if arguments.tiny else []), "--seed", arguments.seed]
+
+
+def length(arguments: Arguments, job: Training) -> list[object]:
+    """How long to train: the job's own epochs, others, or those that fit."""
+    if arguments.fit is None:
+        return ["--epochs", 1 if arguments.tiny else arguments.epochs or job.epochs]
+    found = json.loads(speed_file(arguments).read_text())
+    size = Run(arguments.work / f"pilot-{arguments.job}-{found['compile']}").settings["recipe"]["image_size"]
+    images = len(open_images(arguments.data, size=size, cache_dir=arguments.work / "cache"))
+    epochs = max(1, int(60 * arguments.fit * found["images_per_second"] / images))
+    return ["--epochs", epochs, "--compile", found["compile"]]
+
+
+def speed_file(arguments: Arguments) -> Path:
+    """What a pilot found."""
+    return arguments.work / f"pilot-{arguments.job}.json"
 
 
 def looks(epochs: int) -> list[object]:
@@ -198,7 +257,7 @@ def main(arguments: Arguments) -> None:
     elif arguments.job == "throughput":
         throughput(arguments)
     elif arguments.job in TRAININGS:
-        train(arguments, TRAININGS[arguments.job])
+        (pilot if arguments.pilot else train)(arguments, TRAININGS[arguments.job])
     else:
         sys.exit(f"job={arguments.job!r} is unknown: expected one of {', '.join(JOBS)}")
 
