@@ -184,13 +184,9 @@ def main(arguments: Arguments) -> None:
             {"fast views": replace(recipe, fast_views=True)} if isinstance(recipe, SimCLR) else {}
         )
         for kind, own in kinds.items():
-            for compile in ("off",) if arguments.tiny else ("off", "on"):
-                add(
-                    f"{name}, {kind}, compile {compile}",
-                    training(own, device, steps, compile),
-                    ceiling=ceiling,
-                    asked_for=asked,
-                )
+            compile = "off" if arguments.tiny else "on"
+            rates = training(own, device, steps, compile)
+            add(f"{name}, {kind}, compile {compile}", rates, ceiling=ceiling, asked_for=asked)
             add(f"{name}, {kind}, augmentation alone", augmentation(own, device, repeats))
         for peer, work in peers(recipe, device).items():
             add(f"{name}, without augmentation: {peer}", rate(work, recipe.batch_size, device, repeats))
