@@ -51,7 +51,7 @@ class Training:
     settings: str
     epochs: int
     tiny: str
-    every: int = 20
+    every: int = 50
     finetune: int = 0
 
 
