@@ -36,6 +36,7 @@ class Arguments:
         data: A labelled source with a training and a validation split.
         per_class: Training images of each class to fit on, drawn at random with seed 0; by default all.
         held_out: Score on so many other training images of each class; the validation split is then not opened.
+        twins: Measure the same encoders untrained, too.
         pixels: Side at which raw pixels are the features of the baseline.
         device: Where the encoders compute.
         out: The JSON.
@@ -46,6 +47,7 @@ class Arguments:
     out: Path
     per_class: int | None = None
     held_out: int | None = None
+    twins: bool = True
     pixels: int = 16
     device: str = "auto"
 
@@ -55,7 +57,7 @@ def main(arguments: Arguments) -> None:
     device = pick_device(arguments.device)
     rows: list[tuple[str, Report]] = []
     for name in arguments.models:
-        encoders = {name: load(name), f"{name}, untrained": random_encoder(name)}
+        encoders = {name: load(name)} | ({f"{name}, untrained": random_encoder(name)} if arguments.twins else {})
         for label, encoder in encoders.items():
             train, val = splits(arguments, encoder.preprocess.size)
             rows += reports(label, features(encoder, train, arguments), features(encoder, val, arguments))
@@ -66,7 +68,8 @@ def main(arguments: Arguments) -> None:
     linears = {label: report for label, report in rows if report.protocol == "linear"}
     first, *rivals = arguments.models
     pairs = [
-        *((name, other) for name in arguments.models for other in (f"{name}, untrained", label_of_pixels(arguments))),
+        *((name, f"{name}, untrained") for name in arguments.models if arguments.twins),
+        *((name, label_of_pixels(arguments)) for name in arguments.models),
         *((rival, first) for rival in rivals),
     ]
     differences = {f"{name} - {other}": str(paired_bootstrap(linears[name], linears[other])) for name, other in pairs}

@@ -192,6 +192,18 @@ def speed_table() -> str:
     return "\n".join([*lines, "", f"Measured on: {'; '.join(machines)}."])
 
 
+def gpu_table() -> str:
+    """Images a second on a GPU, from `benchmarks/throughput.py`."""
+    results = speed_results("throughput")
+    rows = []
+    for row in results["rows"]:
+        speed = row["images_per_second"]
+        figures = (f"{speed[which]:,.0f}" for which in ("median", "min", "max"))
+        rows.append([row["work"], "{} ({} to {})".format(*figures), shown(row.get("asked_for"), "{:,}")])
+    measured = f"Measured on: {results['machine']}, torch {results['torch']}, commit {results['commit']}."
+    return f"{table(['work', 'images a second', 'aim'], rows)}\n\n{measured}"
+
+
 def scale_table() -> str:
     """Time and peak memory against the number of images."""
     rows = speed_results("scale")["rows"]
@@ -234,6 +246,7 @@ def blocks() -> dict[str, str]:
         "reproduced": reproduced_tables(),
         "demo": demo_scores(),
         "speed": speed_table(),
+        "gpu": gpu_table(),
         "scale": scale_table(),
     }
 

@@ -14,6 +14,10 @@ from torch import Tensor
 BLOCK = 1 << 18  # numbers of a CPU's block of images: a megabyte, so that all steps on it stay in its cache
 LARGE = 128  # side of views, pixels, from which on a CPU is faster image by image than by products of matrices
 
+# Numbers for each image that are drawn together: to draw each few when they are needed costs a GPU a kernel for each,
+# and could not be compiled.
+AT_ONCE = 128
+
 
 class Draws:
     """Random numbers for some rows of a global batch.
@@ -33,11 +37,18 @@ class Draws:
         self._generator = torch.Generator(device).manual_seed(seed)
         self._rows = rows
         self._total = total
+        self._numbers = torch.rand(total, AT_ONCE, generator=self._generator, device=device)[rows]
+        self._used = 0
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform float32 numbers in [low, high), one block of `shape` for each row."""
-        numbers = torch.rand(self._total, *shape, generator=self._generator, device=self.device)
-        return numbers[self._rows] * (high - low) + low
+        start, end = self._used, self._used + math.prod(shape)
+        if end > AT_ONCE:
+            numbers = torch.rand(self._total, *shape, generator=self._generator, device=self.device)[self._rows]
+        else:
+            self._used = end
+            numbers = self._numbers[:, start:end].reshape(-1, *shape)
+        return numbers * (high - low) + low
 
     def chance(self, probability: float) -> Tensor:
         """Boolean (rows,): true with the given probability."""

@@ -78,8 +78,14 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A float32 vector on the device, sent there once: each transfer from the host would wait for the device."""
+    if torch.compiler.is_compiling():  # it becomes part of what is compiled
+        return torch.tensor(values, dtype=torch.float32, device=device)
+    return _kept(values, device)
+
+
+@functools.cache
+def _kept(values: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(mode=False):  # what is made under it could not take part in training
         return torch.tensor(values, dtype=torch.float32, device=device)

@@ -14,7 +14,7 @@ import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .errors import RecipeError
@@ -241,19 +241,3 @@ def resize_input(encoder: nn.Module, image_size: int) -> None:
     if isinstance(encoder, VisionTransformer):
         resolve_patch_size(image_size, encoder.patch_embed.patch_size[0], argument="img_size")
         encoder.set_input_size((image_size, image_size))
-
-
-def compile_network(model: nn.Module, **options: Any) -> None:
-    """Compile, in place, what holds nearly all the arithmetic of a model: ViT blocks, and ResNets as a whole.
-
-    Blocks share their code, so that one is compiled and serves all of its size. Shapes are taken as fixed: kernels for
-    any size are slower, and a training step has always the same. Parameters, their names and copies of the model stay
-    what they are; a ResNet's maps (`forward_features`) are computed without it.
-
-    Args:
-        model: Any module.
-        **options: Of `torch.compile`.
-    """
-    for module in model.modules():
-        if isinstance(module, Block | ResNet):
-            module.compile(dynamic=False, **options)

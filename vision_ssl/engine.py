@@ -23,7 +23,6 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .cpu import use_fast_kernels
 from .device import brought_near, fastest_convolutions, peak_memory
 from .distributed import any_rank, gather, rank, world_size
-from .encoders import compile_network
 from .errors import CheckpointError, RecipeError, TrainingError
 from .optim import build_optimizer, schedule_factor
 from .storage import save_text
@@ -202,8 +201,12 @@ class Trainer:
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             self._parallel = DistributedDataParallel(self.model)
         worth_it = device.type == "cuda" and self.progress.steps >= COMPILE_STEPS
+        self._augment = recipe.augment
         if compile == "on" or (compile == "auto" and worth_it):
-            compile_network(self.model)
+            # Shapes are taken as fixed: kernels for any size are slower, and a step has always the same.
+            self.model.compile(dynamic=False)
+            if device.type != "cpu":  # which chooses rows to work on: each choice would end a graph
+                self._augment = torch.compile(recipe.augment, dynamic=False)
 
     def resume(self) -> None:
         """Go on from the last checkpoint.
@@ -261,7 +264,7 @@ class Trainer:
         indices, rows = self._rows(step, micro)
         images = self.pixels.index_select(0, indices).to(self.device)
         draws = Draws(_mix(self.seed, step, 2), rows=rows, total=self.recipe.batch_size, device=self.device)
-        views = self.recipe.augment(images, draws)
+        views = self._augment(images, draws)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return cast(tuple[Tensor, dict[str, Tensor]], model(*views))
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .distributed import gather, rank
+from .distributed import gather, rank, world_size
 from .encoders import feature_dim
 from .spread import alignment, feature_std, uniformity
 
@@ -30,7 +30,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
         Mean loss, float32, of this process's 2 N views, each against the other 2 N W - 1 of all W processes.
     """
     queries = F.normalize(torch.cat([first, second]).float(), dim=1)
-    everything = gather(queries)  # rank-major: 2 N rows of each process
+    everything = gather(queries) if world_size() > 1 else None  # rank-major: 2 N rows of each process
     with torch.autocast(queries.device.type, enabled=False):  # which would multiply in bfloat16
         return cast(Tensor, _BlockedNTXent.apply(queries, everything, temperature))
 
@@ -43,7 +43,8 @@ class _BlockedNTXent(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, everything: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, gathered: Tensor | None, temperature: float) -> Tensor:
+        everything = queries if gathered is None else gathered
         count, total = len(queries), len(everything)
         first = rank() * count  # of this process's rows in everything
         own = torch.arange(count, device=queries.device)
@@ -64,14 +65,16 @@ class _BlockedNTXent(torch.autograd.Function):
             other_grad.addmm_(weight.mT, scaled / norm)
         query_grad -= everything[partner]
         other_grad.index_add_(0, partner, queries, alpha=-1 / temperature)
-        ctx.save_for_backward(query_grad.div_(count * temperature), other_grad.div_(count))
+        query_grad.div_(count * temperature)
+        other_grad.div_(count)
+        ctx.save_for_backward(*([query_grad.add_(other_grad)] if gathered is None else [query_grad, other_grad]))
         return loss / count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        query_grad, other_grad = ctx.saved_tensors
-        return grad * query_grad, grad * other_grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        query_grad, *other_grad = ctx.saved_tensors
+        return grad * query_grad, grad * other_grad[0] if other_grad else None, None
 
 
 class SimCLRModel(nn.Module):
