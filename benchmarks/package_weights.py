@@ -2,11 +2,12 @@
 
     python benchmarks/package_weights.py RUN NAME RESULTS... --label LABEL --licence SENTENCE
 
-Copies the weights and the metrics into `vision_ssl/weights/NAME`, adds measured scores and the licence to the card,
-and prints the entry for `vision_ssl/registry.py`.
+Copies the weights and the metrics (of a long run, thinned) into `vision_ssl/weights/NAME`, adds measured scores and
+the licence to the card, and prints the entry for `vision_ssl/registry.py`.
 """
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import tyro
 from vision_ssl.config import CONFIG_FILE
 from vision_ssl.registry import PACKAGED
 from vision_ssl.storage import save_json
+
+STEPS = 2000  # of a run whose metrics are packaged, at most: enough for its curves
 
 
 @dataclass
@@ -51,9 +54,16 @@ def main(arguments: Arguments) -> None:
                 card["scores"].append({"data": results["data"], **score})
     for file in card["sha256"]:
         shutil.copyfile(weights / file, target / file)
-    shutil.copyfile(arguments.run / "metrics.jsonl", target / "metrics.jsonl")
+    (target / "metrics.jsonl").write_text(thinned((arguments.run / "metrics.jsonl").read_text()))
     save_json(target / CONFIG_FILE, config)
     print(f'Weights("{arguments.name}", "...", {json.dumps(card["sha256"], indent=4)})')
+
+
+def thinned(metrics: str) -> str:
+    """Every so many lines of steps, and all looks at the encoder, which have no loss."""
+    lines = metrics.splitlines(keepends=True)
+    every = math.ceil(len(lines) / STEPS)
+    return "".join(line for line in lines if "loss" not in (entry := json.loads(line)) or entry["step"] % every == 0)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ RECIPES = {
 
 
 class Graphs:
-    """A backend that runs each graph as it is, and remembers how often one ran."""
+    """A backend that runs each graph as it is, and remembers how many there are and how often one ran."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.compiled = self.calls = 0
 
     def __call__(self, graph: Any, inputs: list[Tensor]) -> Any:
+        self.compiled += 1
+
         def run(*arguments: Any) -> Any:
             self.calls += 1
             return graph(*arguments)
@@ -38,8 +40,8 @@ class Graphs:
         return run
 
 
-def draws() -> Draws:
-    return Draws(3, rows=slice(None), total=SIZE, device=torch.device("cpu"))
+def draws(seed: int = 3) -> Draws:
+    return Draws(seed, rows=slice(None), total=SIZE, device=torch.device("cpu"))
 
 
 @pytest.fixture(params=RECIPES)
@@ -53,9 +55,10 @@ def recipe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> R
 def test_views(recipe: Recipe) -> None:
     graphs = Graphs()
     compiled = torch.compile(recipe.augment, backend=graphs, fullgraph=True, dynamic=False)
-    for own, expected in zip(compiled(PIXELS, draws()), recipe.augment(PIXELS, draws()), strict=True):
-        torch.testing.assert_close(own, expected)
-    assert graphs.calls == 1
+    for seed in (3, 4):
+        for own, expected in zip(compiled(PIXELS, draws(seed)), recipe.augment(PIXELS, draws(seed)), strict=True):
+            torch.testing.assert_close(own, expected)
+    assert (graphs.compiled, graphs.calls) == (1, 2)
 
 
 def test_model(recipe: Recipe) -> None:
@@ -64,7 +67,7 @@ def test_model(recipe: Recipe) -> None:
     keys, twin = list(model.state_dict()), copy.deepcopy(model)
     model.compile(backend=graphs, fullgraph=True, dynamic=False)
     losses = [each(*views)[0] for each in (model, twin)]
-    assert graphs.calls == 1
+    assert (graphs.compiled, graphs.calls) == (1, 1)
     assert list(model.state_dict()) == keys
     assert not hasattr(copy.deepcopy(model), "_orig_mod")
     torch.testing.assert_close(*losses)

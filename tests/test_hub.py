@@ -311,12 +311,12 @@ def test_other_bytes_than_the_published_are_refused(copied: Path, monkeypatch: p
     ("name", "hint"),
     [
         ("mae_vit_smal", "did you mean 'mae_vit_small'?"),
-        ("mae_vit_small.tiny_imagnet_v2", "did you mean 'mae_vit_small.tiny_imagenet_v2'?"),
-        ("dino", "the models are simclr_resnet18.tiny_imagenet, mae_vit_small.tiny_imagenet_v2"),
+        ("mae_vit_small.tiny_imagnet_v3", "did you mean 'mae_vit_small.tiny_imagenet_v3'?"),
+        ("dino", "the models are simclr_resnet18.tiny_imagenet_v2, mae_vit_small.tiny_imagenet_v3"),
     ],
 )
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch, name: str, hint: str) -> None:
-    names = ("simclr_resnet18.tiny_imagenet", "mae_vit_small.tiny_imagenet_v2")
+    names = ("simclr_resnet18.tiny_imagenet_v2", "mae_vit_small.tiny_imagenet_v3")
     monkeypatch.setattr(registry, "WEIGHTS", tuple(Weights(each, "", {}) for each in names))
     monkeypatch.setattr(registry, "UPSTREAM", ())
     with pytest.raises(WeightsError) as refusal:

@@ -62,19 +62,19 @@ class Weights:
 # Newest last: a bare name such as `simclr_resnet18` means its newest tag.
 WEIGHTS: tuple[Weights, ...] = (
     Weights(
-        "simclr_resnet18.tiny_imagenet",
-        "SimCLR, ResNet-18 with stem 7x7, 64 px, 4 epochs of Tiny ImageNet on a CPU",
+        "simclr_resnet18.tiny_imagenet_v2",
+        "SimCLR, ResNet-18 with stem 3x3, 64 px, 73 epochs of Tiny ImageNet",
         {
-            "model.safetensors": "eb171c08a831682e964dc752be2e4a238efce6dc7abe14b2fb5c21cc77ad2873",
-            "head.safetensors": "11e9af949f419bf1a635876aeaa755a0f441ce2f76703054cf8da46e12f4d528",
+            "model.safetensors": "8d0f7e8c33c1d670c8442e607c98f181f7dd767f7aa33d6b6333d2aa0cf8431b",
+            "head.safetensors": "39120863a2aadf42b8dd4bf8a3db0237d243f1817ee95e5fe0e8728df933c0a8",
         },
     ),
     Weights(
-        "mae_vit_small.tiny_imagenet_v2",
-        "MAE, ViT-Small with patches of 8 px, 64 px, 9 epochs of Tiny ImageNet on a CPU",
+        "mae_vit_small.tiny_imagenet_v3",
+        "MAE, ViT-Small with patches of 8 px, 64 px, 42 epochs of Tiny ImageNet",
         {
-            "model.safetensors": "e032060f2477e1edcb0c3dbbf30fb75bd4bc8ba73c5e1302356f7d203d7c70f6",
-            "head.safetensors": "b0c1d301402fb19b8f94ce01cd77897399c6945bfc141ba3d7d1210aeefe9c0c",
+            "model.safetensors": "297be08865424ff2217db67c79a4ab50c8c95e94c022777d4ca45f59737ceda0",
+            "head.safetensors": "6da7e54676faf769694962d41c168c8e724df931547fa4fa5f8c3f9d79bf0d0a",
         },
     ),
 )

@@ -44,7 +44,7 @@ def load(
     """Load a pretrained encoder, or the whole model that pretraining left.
 
     Args:
-        name: A model such as `mae_vit_small` or `mae_vit_small.tiny_imagenet_v2`; a run, a folder of weights or a
+        name: A model such as `mae_vit_small` or `mae_vit_small.tiny_imagenet_v3`; a run, a folder of weights or a
             `.safetensors` file in one; or a repository of the Hugging Face Hub, `hf:owner/repo@revision`.
         part: `encoder`: a timm module, deterministic and without a mask, which gives features; or `full`: with its
             projector a `SimCLRModel`, with its decoder an `MAEModel`, to look into or to train on.
