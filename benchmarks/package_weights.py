@@ -60,10 +60,12 @@ def main(arguments: Arguments) -> None:
 
 
 def thinned(metrics: str) -> str:
-    """Every so many lines of steps, and all looks at the encoder, which have no loss."""
+    """One step in so many, the last, and all looks at the encoder, which have no loss."""
     lines = metrics.splitlines(keepends=True)
-    every = math.ceil(len(lines) / STEPS)
-    return "".join(line for line in lines if "loss" not in (entry := json.loads(line)) or entry["step"] % every == 0)
+    entries = [json.loads(line) for line in lines]
+    every, last = math.ceil(sum("loss" in entry for entry in entries) / STEPS), entries[-1]["step"]
+    kept = ["loss" not in entry or entry["step"] % every == 0 or entry["step"] == last for entry in entries]
+    return "".join(line for line, keep in zip(lines, kept, strict=True) if keep)
 
 
 if __name__ == "__main__":

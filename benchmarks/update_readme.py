@@ -103,7 +103,8 @@ def reproduced_tables(folder: Path = REPRODUCED) -> str:
         for classes in dict.fromkeys(score["classes"] for score in record["scores"]):
             found = {score["protocol"]: score for score in record["scores"] if score["classes"] == classes}
             figures = [spread(found.get(protocol, {}).get(figure, []), figure) for _, protocol, figure in SCORES]
-            scores.append([f"`{record['model']['name']}`", record["data"], str(classes), *figures])
+            fitted = f"{found['linear']['n_train']:,}"
+            scores.append([f"`{record['model']['name']}`", record["data"], str(classes), fitted, *figures])
     quoted = [
         [
             f"{study['model']} ({study['study']})",
@@ -122,7 +123,7 @@ def reproduced_tables(folder: Path = REPRODUCED) -> str:
     facts = ["architecture", "input", "parameters", "epochs", "an epoch"]
     paragraphs = [
         table(["model", *facts, "in all", "hardware"], costs),
-        table(["model", "data", "classes", *(heading for heading, _, _ in SCORES)], scores),
+        table(["model", "data", "classes", "fitted on", *(heading for heading, _, _ in SCORES)], scores),
         "As the two studies state theirs:",
         table(["model (study)", *facts, "protocol", "training (%)", "validation (%)", "macro F1"], quoted),
         studies["why_they_differ"],

@@ -8,7 +8,7 @@ from vision_ssl import SimCLR
 
 def main(folder: str, out: str, **settings: object) -> None:
     """Go on from packaged weights on one's own images; `settings` are fields of `SimCLR` or `RunOptions`."""
-    run = SimCLR.train(folder, init="simclr_resnet18", stem="7x7", out=out, **settings)
+    run = SimCLR.train(folder, init="simclr_resnet18", out=out, **settings)
     print(f"{len(run.metrics):,} lines of metrics, the last: {run.metrics[-1]}")
     features = vision_ssl.extract(run.encoder, folder)
     print(f"features {tuple(features.features.shape)} of the same images")

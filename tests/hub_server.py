@@ -408,6 +408,12 @@ class Client:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
+    def offline(self, switch: bool) -> None:
+        """Forbid `huggingface_hub` to ask the Hub, as HF_HUB_OFFLINE does when the process begins."""
+        reset = "getattr(utils, 'reset_sessions', lambda: None)()"  # until 1.0, a session remembers it
+        code = f"from huggingface_hub import constants, utils\nconstants.HF_HUB_OFFLINE = switch\n{reset}"
+        self.run(code, switch=switch)
+
     def close(self) -> None:
         """End the process."""
         self.process.communicate()

@@ -10,8 +10,11 @@ from torch import Tensor
 from vision_ssl.augment import Draws
 from vision_ssl.recipes import MAE, Recipe, SimCLR
 
-# What torch says of itself, and keeps from users by a filter of its own that errors pass.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+# What torch says of itself, and keeps from users by filters of its own that errors pass; the second is torch 2.6.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
+]
 
 SIZE = 4
 PIXELS = torch.randint(256, (SIZE, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -583,12 +583,13 @@ def test_convolutions_are_tuned_while_training_unless_they_must_be_deterministic
 def test_what_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: str, device: str, steps: int, compiled: bool
 ) -> None:
-    seen: list[nn.Module] = []
-    monkeypatch.setattr("vision_ssl.engine.compile_network", seen.append)
+    seen: list[object] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: seen.append(self))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(function))
     monkeypatch.setattr("vision_ssl.engine.brought_near", lambda pixels, device: pixels)
     monkeypatch.setattr(nn.Module, "to", lambda self, *args, **kwargs: self)  # there may be no GPU here
     recipe, model = Tiny(epochs=steps // 4), TinyModel(True)
     options: dict[str, Any] = {"device": torch.device(device), "bf16": False, "seed": 0, "facts": {}}
     trainer = Trainer(model, recipe, PIXELS, tmp_path, compile=compile, **options)
     assert trainer.progress.steps == steps
-    assert seen == ([model] if compiled else [])
+    assert seen == ([model, recipe.augment][: 2 if device == "cuda" else 1] if compiled else [])

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from zipfile import ZipFile
 import pytest
 
 import vision_ssl
+from benchmarks.package_weights import STEPS, thinned
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,3 +62,17 @@ def test_extras_stay_out_of_the_core(wheel: ZipFile) -> None:
         "tqdm",
         "tyro",
     }
+
+
+@pytest.mark.parametrize("steps", [10, STEPS - 1, 3 * STEPS + 5])
+def test_packaged_metrics_keep_looks_and_the_last_step(steps: int) -> None:
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, steps + 1)]
+    lines += [json.dumps({"step": steps, "knn_accuracy": 5.0})]
+    lines.insert(7, json.dumps({"step": 7, "knn_accuracy": 3.0}))
+    kept = [json.loads(line) for line in thinned("\n".join(lines) + "\n").splitlines()]
+    seen = [entry["step"] for entry in kept if "loss" in entry]
+    assert [entry["step"] for entry in kept if "loss" not in entry] == [7, steps]
+    assert len(seen) <= STEPS
+    assert seen[-1] == steps
+    if steps < STEPS:
+        assert seen == list(range(1, steps + 1))

@@ -105,6 +105,11 @@ def test_long_runs_get_a_centred_mean(steps: int, tmp_path: Path, figures: list[
     np.testing.assert_allclose(y, 9 - x / 100, atol=0.005 + 1e-9)
 
 
+def test_thinned_metrics_are_named_so(tmp_path: Path, figures: list[Any]) -> None:
+    plots.curves(training(1000)[7::8], tmp_path / "curves.png")
+    assert [line.get_label() for line in figures[0].axes[0].lines] == ["one step in 8", "mean of 2 of these"]
+
+
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"run='.*' has no metrics.jsonl: expected the directory of a run"):
         plots.curves(tmp_path, tmp_path / "curves.png")

@@ -204,10 +204,11 @@ def test_without_a_network(server: HubServer, author: Client, run: Run) -> None:
     )
     try:
         unreachable = author.refusal(PUSH, run=run.directory, repo="me/offline")
-        author.run("constants.HF_HUB_OFFLINE = True")
+        author.offline(True)
         offline = author.refusal(PUSH, run=run.directory, repo="me/offline")
     finally:
-        author.run("constants.ENDPOINT, constants.HF_HUB_OFFLINE = kept, False")
+        author.run("constants.ENDPOINT = kept")
+        author.offline(False)
     assert unreachable == (
         "cannot push to me/offline: http://127.0.0.1:1 cannot be reached: check the network, or HF_ENDPOINT"
     )

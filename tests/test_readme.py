@@ -9,7 +9,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_tables_are_what_was_measured() -> None:
     functions = runpy.run_path(str(ROOT / "benchmarks" / "update_readme.py"))
     blocks = functions["blocks"]()
-    assert list(blocks) == ["models", "protocols", "reproduced", "demo", "speed", "scale"]
+    assert list(blocks) == ["models", "protocols", "reproduced", "demo", "speed", "gpu", "scale"]
     for name, block in blocks.items():
         assert functions["with_block"](README, name, block) == README, name
 

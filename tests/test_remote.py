@@ -75,14 +75,14 @@ def test_without_a_network_the_cache_serves(
     server.publish("me/cached", files)
     client.run(LOAD, name="hf:me/cached", cache=tmp_path)
     server.requests.clear()
-    client.run("from huggingface_hub import constants\nconstants.HF_HUB_OFFLINE = switch", switch="cache" in offline)
+    client.offline("cache" in offline)
     try:
         code = f"result = fingerprint(vision_ssl.load(name, **dict(cache_dir=cache) | dict({offline})))"
         assert client.run(code, name="hf:me/cached", cache=tmp_path) == fingerprint(files)
         message = client.refusal(code, name="hf:me/cached", cache=tmp_path / "empty")
         assert client.run("result = vision_ssl.load('simclr_resnet18').num_features") == 512
     finally:
-        client.run("constants.HF_HUB_OFFLINE = False")
+        client.offline(False)
     assert server.requests == []
     assert message == (
         "cannot load config.json of me/cached: it is not in the cache, and HF_HUB_OFFLINE or local_files_only forbids "

@@ -51,7 +51,7 @@ def diagnose(recipe: "Recipe", records: Sequence[Mapping[str, float]]) -> str:
         if record.get("uniformity", -math.inf) > COLLAPSED_UNIFORMITY:
             return (
                 f"collapsed at epoch {record['epoch']:g}: the projections of all images are alike (uniformity "
-                f"{record['uniformity']:.2f})"
+                f"{round(record['uniformity'], 2) + 0.0:.2f})"  # the sum: no -0.00
             )
     losses = [record["loss"] for record in records if "loss" in record]
     expected = expected_loss(recipe)

@@ -203,8 +203,7 @@ class Trainer:
         worth_it = device.type == "cuda" and self.progress.steps >= COMPILE_STEPS
         self._augment = recipe.augment
         if compile == "on" or (compile == "auto" and worth_it):
-            # Shapes are taken as fixed: kernels for any size are slower, and a step has always the same.
-            self.model.compile(dynamic=False)
+            self.model.compile(dynamic=False)  # a step has always the same shapes: kernels for any are slower
             if device.type != "cpu":  # which chooses rows to work on: each choice would end a graph
                 self._augment = torch.compile(recipe.augment, dynamic=False)
 
@@ -369,8 +368,7 @@ class Trainer:
                 if monitor and self._due(monitor_epochs):
                     self._verify()
                     if rank() == 0:
-                        # As it is, not as compiled: a look is too short to be worth compiling the network anew.
-                        with torch.compiler.set_stance("force_eager"):
+                        with torch.compiler.set_stance("force_eager"):  # too short to be worth compiling anew
                             seen = monitor(self.model)
                         self.metrics.write({"step": progress.step, "epoch": epoch, **seen})
                         self.model.train()

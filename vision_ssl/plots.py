@@ -196,8 +196,10 @@ def _draw_loss(axes: "Axes", steps: npt.NDArray[np.float64], loss: npt.NDArray[n
     window = len(steps) // 50
     smooth = np.convolve(loss, np.full(window, 1 / window), mode="valid")
     centre = steps[window // 2 :][: len(smooth)]
-    axes.plot(steps, loss, color=BLUE, alpha=0.25, linewidth=0.8, label="each step")
-    axes.plot(centre, smooth, color=BLUE, linewidth=1.8, label=f"mean of {window:,} steps")
+    apart = round(np.median(np.diff(steps)))  # of packaged weights, the metrics are thinned
+    each, them = ("each step", "steps") if apart == 1 else (f"one step in {apart}", "of these")
+    axes.plot(steps, loss, color=BLUE, alpha=0.25, linewidth=0.8, label=each)
+    axes.plot(centre, smooth, color=BLUE, linewidth=1.8, label=f"mean of {window:,} {them}")
     axes.legend(frameon=False)
 
 
