@@ -1,4 +1,6 @@
+import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,29 @@ def test_every_training_is_a_valid_command(name: str, tiny: bool, monkeypatch: p
     [(recipe, _)] = asked
     assert recipe.encoder == ("resnet18" if name == "cifar10_speed" else name.partition("_")[2])
     assert (recipe.batch_size == 500) == tiny
+
+
+def test_a_pilot_finds_the_speed_and_with_it_the_epochs_that_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*words: object) -> None:
+        out = Path(str(words[words.index("--out") + 1]))
+        if words[words.index("--compile") + 1] == "on":
+            raise subprocess.CalledProcessError(1, "train")
+        out.mkdir()
+        (out / "run.json").write_text(json.dumps({"recipe": {"image_size": 32}}))
+        # Between two waits for the device, 19 steps are only begun; the second half of a run is what counts.
+        speeds = [*[5.0] * 40, *([1000.0] * 19 + [10.0]) * 2, *[1000.0] * 13]
+        lines = (json.dumps({"images_per_second": speed}) for speed in speeds)
+        (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    monkeypatch.setattr(job, "run", train)
+    arguments = job.Arguments("mae_vit_small", work=tmp_path, out=tmp_path, fit=2, device="cuda")
+    with pytest.raises(SystemExit, match=r"fit=2 needs to know the speed: run .* with --pilot first"):
+        job.length(arguments, job.TRAININGS["mae_vit_small"])
+    job.pilot(arguments, job.TRAININGS["mae_vit_small"])
+    # 40 steps in 38 / 1000 + 2 / 10 batches a second: 168 images/s, and 1,000 images an epoch.
+    assert job.length(arguments, job.TRAININGS["mae_vit_small"]) == ["--epochs", 20, "--compile", "off"]
 
 
 def test_the_queue_lists_every_job_in_its_order() -> None:

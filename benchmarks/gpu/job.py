@@ -190,6 +190,8 @@ def length(arguments: Arguments, job: Training) -> list[object]:
     """How long to train: the job's own epochs, others, or those that fit."""
     if arguments.fit is None:
         return ["--epochs", 1 if arguments.tiny else arguments.epochs or job.epochs]
+    if not speed_file(arguments).exists():
+        sys.exit(f"fit={arguments.fit:g} needs to know the speed: run the same command with --pilot first")
     found = json.loads(speed_file(arguments).read_text())
     size = Run(arguments.work / f"pilot-{arguments.job}-{found['compile']}").settings["recipe"]["image_size"]
     images = len(open_images(arguments.data, size=size, cache_dir=arguments.work / "cache"))
