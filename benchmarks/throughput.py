@@ -34,8 +34,8 @@ BATCHES = 5  # images of a training run, in steps
 # Images a second that an H100's arithmetic allows in bf16, and what is asked for.
 TRAINING: dict[str, tuple[Recipe, int, int]] = {
     "SimCLR ResNet-18 at 32 px": (SimCLR(image_size=32, batch_size=1024), 118_000, 30_000),
-    "SimCLR ResNet-50 at 64 px": (SimCLR(encoder="resnet50", image_size=64, batch_size=512), 12_700, 3_500),
     "MAE ViT-S/8 at 64 px": (MAE(image_size=64, batch_size=2048), 226_000, 38_000),
+    "SimCLR ResNet-50 at 64 px": (SimCLR(encoder="resnet50", image_size=64, batch_size=512), 12_700, 3_500),
 }
 FEATURES, FEATURES_ASKED = "features of ViT-S/16 at 224 px", 25_000
 
