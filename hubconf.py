@@ -12,6 +12,16 @@ def simclr_resnet18(**options: _Any) -> _Any:
     return vision_ssl.load("simclr_resnet18", **options)
 
 
+def simclr_resnet50(**options: _Any) -> _Any:
+    """SimCLR ResNet-50 for 64 px images, features (B, 2048); options as for `vision_ssl.load`."""
+    return vision_ssl.load("simclr_resnet50", **options)
+
+
+def mae_resnet18(**options: _Any) -> _Any:
+    """MAE ResNet-18 for 64 px images, features (B, 512); options as for `vision_ssl.load`."""
+    return vision_ssl.load("mae_resnet18", **options)
+
+
 def mae_vit_small(**options: _Any) -> _Any:
     """MAE ViT-Small/8 for 64 px images, features (B, 384); options as for `vision_ssl.load`."""
     return vision_ssl.load("mae_vit_small", **options)

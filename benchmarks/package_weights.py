@@ -2,8 +2,9 @@
 
     python benchmarks/package_weights.py RUN NAME RESULTS... --label LABEL --licence SENTENCE
 
-Copies the weights and the metrics (of a long run, thinned) into `vision_ssl/weights/NAME`, adds measured scores and
-the licence to the card, and prints the entry for `vision_ssl/registry.py`.
+Copies the weights and the metrics (of a long run, thinned) into `vision_ssl/weights/NAME`, or those of a large model
+by `--clone` into `weights/NAME`, which is not part of the package; adds measured scores and the licence to the card,
+and prints the entry for `vision_ssl/registry.py`.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 import tyro
 
 from vision_ssl.config import CONFIG_FILE
-from vision_ssl.registry import PACKAGED
+from vision_ssl.registry import CLONED, PACKAGED
 from vision_ssl.storage import save_json
 
 STEPS = 2000  # of a run whose metrics are packaged, at most: enough for its curves
@@ -31,6 +32,7 @@ class Arguments:
         results: Files of `benchmarks/evaluate.py` that measured this run.
         label: What the results call it.
         licence: A sentence for the card.
+        clone: Keep it out of the package, in clones alone.
     """
 
     run: tyro.conf.Positional[Path]
@@ -38,11 +40,12 @@ class Arguments:
     results: tyro.conf.Positional[tuple[Path, ...]]
     label: str
     licence: str
+    clone: bool = False
 
 
 def main(arguments: Arguments) -> None:
     """Write the folder, and print the registry's entry."""
-    weights, target = arguments.run / "weights", PACKAGED / arguments.name
+    weights, target = arguments.run / "weights", (CLONED if arguments.clone else PACKAGED) / arguments.name
     target.mkdir(parents=True)
     config = json.loads((weights / CONFIG_FILE).read_text())
     card = config["vision_ssl"]

@@ -49,7 +49,7 @@ class Arguments:
         tiny: Small batches and few steps: a rehearsal, whose figures mean nothing.
         steps: Steps of a training run that are timed, after as many that are not.
         only: Rows whose names hold one of these; by default all.
-        out: The JSON.
+        out: The JSON, whose other rows stay.
     """
 
     device: str = "auto"
@@ -132,13 +132,14 @@ def recipe_units(recipe: Recipe) -> int:
     return (recipe.image_size // patch_size) ** 2
 
 
-def augmentation(recipe: Recipe, device: torch.device, repeats: int) -> list[float]:
+def augmentation(recipe: Recipe, device: torch.device, repeats: int, compile: str) -> list[float]:
     """Images a second of the views alone."""
     pixels = random_pixels(recipe.batch_size, recipe.image_size).to(device)
     whole = slice(0, recipe.batch_size)
+    augment = torch.compile(recipe.augment, dynamic=False) if compile == "on" else recipe.augment
 
     def work() -> object:
-        return recipe.augment(pixels, Draws(0, rows=whole, total=recipe.batch_size, device=device))
+        return augment(pixels, Draws(0, rows=whole, total=recipe.batch_size, device=device))
 
     return rate(work, recipe.batch_size, device, repeats)
 
@@ -156,7 +157,7 @@ def features(device: torch.device, count: int) -> list[float]:
 
 
 def main(arguments: Arguments) -> None:
-    """Measure, print, and write the JSON after each row, so that an interruption costs one."""
+    """Measure, print, and write the JSON after each row, so that an interruption costs one; others stay in it."""
     device = pick_device(arguments.device)
     steps, repeats = (ROUNDS, 1) if arguments.tiny else (arguments.steps, 20)
     facts = {
@@ -165,12 +166,13 @@ def main(arguments: Arguments) -> None:
         "commit": commit_of_package(),
         "tiny": arguments.tiny,
     }
-    rows: list[dict[str, Any]] = []
+    kept = json.loads(arguments.out.read_text(encoding="utf-8"))["rows"] if arguments.out.exists() else []
+    rows: dict[str, dict[str, Any]] = {row["work"]: row for row in kept}
 
     def add(work: str, rates: list[float], **more: Any) -> None:
-        rows.append({"work": work, "images_per_second": spread(rates), **more})
-        print(json.dumps(rows[-1]), flush=True)
-        save_json(arguments.out, facts | {"rows": rows})
+        rows[work] = {"work": work, "images_per_second": spread(rates), **more, **facts}
+        print(json.dumps(rows[work]), flush=True)
+        save_json(arguments.out, {"rows": list(rows.values())})
 
     def wanted(work: str) -> bool:
         return not arguments.only or any(part in work for part in arguments.only)
@@ -190,7 +192,7 @@ def main(arguments: Arguments) -> None:
             compile = "off" if arguments.tiny else "on"
             rates = training(own, device, steps, compile)
             add(f"{name}, {kind}, compile {compile}", rates, ceiling=ceiling, asked_for=asked)
-            add(f"{name}, {kind}, augmentation alone", augmentation(own, device, repeats))
+            add(f"{name}, {kind}, augmentation alone, compile {compile}", augmentation(own, device, repeats, compile))
         for peer, work in peers(recipe, device).items():
             add(f"{name}, without augmentation: {peer}", rate(work, recipe.batch_size, device, repeats))
 

@@ -50,8 +50,8 @@ SPEED_GROUPS = ("augment", "photographs", "pipeline", "loss", "step", "extract",
 def models_table() -> str:
     """The packaged models with the scores of their cards."""
     lines = [
-        "| name | encoder | input | features | epochs | linear: accuracy (%) | macro F1 | kNN, k = 20 (%) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| name | in | encoder | input | features | epochs | linear: accuracy (%) | macro F1 | kNN, k = 20 (%) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for weights in WEIGHTS:
         config, card = weights.config, weights.card
@@ -59,8 +59,8 @@ def models_table() -> str:
         scores = {score["protocol"]: score for score in weights.own_scores}
         linear, knn = scores["linear"], scores["knn-20"]
         lines.append(
-            f"| `{weights.name}` | {config['architecture']} | {config['pretrained_cfg']['input_size'][1]} px "
-            f"| {config['num_features']} | {epochs} "
+            f"| `{weights.name}` | {'the package' if weights.is_packaged else 'a clone'} | {config['architecture']} "
+            f"| {config['pretrained_cfg']['input_size'][1]} px | {config['num_features']} | {epochs} "
             f"| {linear['accuracy']:.1f} ({linear['interval'][0]:.1f} to {linear['interval'][1]:.1f}) "
             f"| {linear['macro_f1']:.3f} | {knn['accuracy']:.1f} |"
         )
@@ -142,10 +142,9 @@ def protocols_table(folder: Path = REPRODUCED) -> str:
             found = {score["protocol"]: score for score in record["scores"] if score["classes"] == most}
             values = {**found[protocol]["further"], "accuracy": found[protocol]["accuracy"]}[figure]
             means.append(statistics.mean(values))
-        shown_means = [pattern.format(mean) for mean in means]
-        rows.append([f"`{protocol}`", figure.replace("_", " "), *shown_means, f"{means[-1] / means[0]:.2f}"])
+        rows.append([f"`{protocol}`", figure.replace("_", " "), *(pattern.format(mean) for mean in means)])
     names = [f"`{record['model']['name']}`" for record in records]
-    return table(["protocol", "figure", *names, "second to first"], rows)
+    return table(["protocol", "figure", *names], rows)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -195,14 +194,15 @@ def speed_table() -> str:
 
 def gpu_table() -> str:
     """Images a second on a GPU, from `benchmarks/throughput.py`."""
-    results = speed_results("throughput")
-    rows = []
-    for row in results["rows"]:
+    rows = speed_results("throughput")["rows"]
+    lines = []
+    for row in rows:
         speed = row["images_per_second"]
         figures = (f"{speed[which]:,.0f}" for which in ("median", "min", "max"))
-        rows.append([row["work"], "{} ({} to {})".format(*figures), shown(row.get("asked_for"), "{:,}")])
-    measured = f"Measured on: {results['machine']}, torch {results['torch']}, commit {results['commit']}."
-    return f"{table(['work', 'images a second', 'aim'], rows)}\n\n{measured}"
+        aim = shown(row.get("asked_for"), "{:,}")
+        lines.append([row["work"], "{} ({} to {})".format(*figures), aim, row["commit"]])
+    places = sorted({f"{row['machine']}, torch {row['torch']}" for row in rows})
+    return f"{table(['work', 'images a second', 'aim', 'commit'], lines)}\n\nMeasured on: {'; '.join(places)}."
 
 
 def scale_table() -> str:

@@ -69,7 +69,9 @@ def test_images_at_a_time(size: int, device: str, at_a_time: int) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 256])
-def test_extract_keeps_every_image_in_order(batch_size: int) -> None:
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_extract_keeps_every_image_in_order(batch_size: int, in_flight: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.IN_FLIGHT, "cpu", in_flight)
     encoder, images = make_encoder(), make_images(10)
     features = extract(encoder, images, batch_size=batch_size)
     expected = encoder.eval()(PREPROCESS.normalise(images)).detach()

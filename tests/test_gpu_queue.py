@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import job
+from benchmarks.gpu import job, series
 from benchmarks.gpu.pack import INDEX, join, split
 from vision_ssl import cli
 from vision_ssl.options import RunOptions
@@ -106,9 +106,45 @@ def test_a_pilot_finds_the_speed_and_with_it_the_epochs_that_fit(
         job.length(arguments, job.TRAININGS["mae_vit_small"])
     job.pilot(arguments, job.TRAININGS["mae_vit_small"])
     # 40 steps in 38 / 1000 + 2 / 10 batches a second: 168 images/s, and 1,000 images an epoch.
-    assert job.length(arguments, job.TRAININGS["mae_vit_small"]) == ["--epochs", 20, "--compile", "off"]
+    assert job.length(arguments, job.TRAININGS["mae_vit_small"]) == (20, "off")
 
 
 def test_the_queue_lists_every_job_in_its_order() -> None:
     rows = re.findall(r"^\| \d+ \| `(\w+)` \|", README.read_text(), re.MULTILINE)
     assert rows == list(job.JOBS)
+
+
+@pytest.mark.parametrize("given", ["simclr_resnet18", "simclr_resnet18=", "simclr_resnet18=-1", "smoke=1", "=2"])
+def test_a_series_refuses_what_is_no_job_with_minutes(given: str) -> None:
+    with pytest.raises(SystemExit, match=rf"^jobs='{given}': expected NAME=MINUTES, with one of simclr_resnet18, "):
+        series.parsed(("mae_vit_tiny=1.5", given))
+
+
+def test_a_series_compiles_together_then_tries_and_trains_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    class Job:
+        def __init__(self, command: list[str], **_: object) -> None:
+            kind = "train" if "--fit" in command else "first" if "/first-" in " ".join(command) else "try"
+            self.what = f"{kind} {command[3]}"
+            assert kind == "train" or "part" in command
+            begun.append(self.what)
+
+        def wait(self) -> int:
+            begun.append(f"end of {self.what}")
+            return 1 if self.what == "train mae_vit_tiny" else 0
+
+    monkeypatch.setattr("subprocess.Popen", Job)
+    ready = tmp_path / "ready"
+    monkeypatch.setattr("time.sleep", lambda _: ready.touch())
+    jobs = ("mae_vit_tiny=2", "simclr_resnet18=1.5")
+    work, out = tmp_path / "work", tmp_path / "out"
+    series.main(series.Arguments(jobs, data="data", work=work, out=out, part="part", wait_for=ready))
+    names = [job.partition("=")[0] for job in jobs]
+    together = [f"first {name}" for name in names] + [f"end of first {name}" for name in names]
+    in_a_row = [f"{end}{kind} {name}" for kind in ("try", "train") for name in names for end in ("", "end of ")]
+    assert begun == together + in_a_row
+    log = [line.partition(" ")[2] for line in (out / series.LOG).read_text().splitlines()]
+    assert log[-3:] == ["trained mae_vit_tiny 1", "trained simclr_resnet18 0", "done"]

@@ -18,7 +18,7 @@ from .restore import random_encoder, recipe_of, reconstruct
 from .storage import save_text
 
 SOURCE = "fashion-mnist-mini"
-MODELS = tuple(weights for weights in WEIGHTS if weights.is_local)
+MODELS = tuple(weights for weights in WEIGHTS if weights.is_packaged)
 _SPLITS: tuple[Split, Split] = ("train", "val")
 
 

@@ -3,7 +3,8 @@
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -54,6 +55,28 @@ def brought_near(pixels: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
         return pixels.to(device)
     return pixels
+
+
+def brought_ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Each batch on the device; a GPU receives the next one while it works on this one."""
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    transfers = torch.cuda.Stream(device)
+
+    def bring(batch: Tensor) -> Tensor:
+        with torch.cuda.stream(transfers):
+            return batch.pin_memory().to(device, non_blocking=True)  # from other memory, it would wait for the device
+
+    with ThreadPoolExecutor(1) as worker:
+        transferred = (worker.submit(bring, batch) for batch in batches)
+        coming = next(transferred, None)
+        while coming is not None:
+            batch, compute = coming.result(), torch.cuda.current_stream(device)
+            compute.wait_stream(transfers)
+            coming = next(transferred, None)
+            batch.record_stream(compute)  # its memory is not given away before the work on it ends
+            yield batch
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import ImageSet, Preprocess, Source, Split, first_classes, open_images
+from .device import brought_ahead
 from .errors import DataError
 from .pooling import Pooling, check_pooling, pool
 from .storage import load_tensors, save_tensors
@@ -23,6 +24,7 @@ from .storage import load_tensors, save_tensors
 BATCH = 256
 # On a CPU: of more, each layer's output is too large for the allocator to keep, and is paged in anew.
 CPU_PIXELS, CPU_LEAST = 1 << 17, 8
+IN_FLIGHT = {"cuda": 16}  # batches after which the host waits for the device, to take what is ready; elsewhere each
 
 _FACTS = ("classes", "paths", "digest", "encoder", "preprocess")
 
@@ -193,16 +195,24 @@ def extract_with(
     images, preprocess = images_for(encoder, source, split=split, cache_dir=cache_dir, require_labels=require_labels)
     features, done = torch.empty(0), 0
     with evaluating(encoder, device) as where, tqdm(total=len(images), **_bar(images)) as bar:
-        for pixels in images.pixels.split(batch_size or images_at_a_time(preprocess, where)):
+        batches = images.pixels.split(batch_size or images_at_a_time(preprocess, where))
+        outputs: list[Tensor] = []
+        together = IN_FLIGHT.get(where.type, 1)
+        for number, pixels in enumerate(brought_ahead(batches, where), 1):
             with torch.inference_mode():
-                output = forward(preprocess.normalise(pixels.to(where)))
+                output = forward(preprocess.normalise(pixels))
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(pixels):
                 raise DataError(f"encoder: returned {_describe(output)}, expected pooled features ({len(pixels)}, D)")
+            outputs.append(output)
+            if number % together and number < len(batches):
+                continue
             if done == 0:  # whole from the start: batches kept one by one would leave holes in the memory
                 features = torch.empty(len(images), output.shape[1])
-            features[done : done + len(pixels)] = output
-            done += len(pixels)
-            bar.update(len(pixels))
+            ready = torch.cat(outputs)
+            features[done : done + len(ready)] = ready
+            done += len(ready)
+            bar.update(len(ready))
+            outputs.clear()
     return _features(features, images, _name(encoder), str(preprocess))
 
 

@@ -37,6 +37,11 @@ class Weights:
         return packaged if packaged.is_dir() else CLONED / self.name
 
     @property
+    def is_packaged(self) -> bool:
+        """Whether it comes with the package."""
+        return self.directory.parent == PACKAGED
+
+    @property
     def is_local(self) -> bool:
         """Whether it is there without a download."""
         return (self.directory / "config.json").is_file()

@@ -31,6 +31,7 @@ from vision_ssl.storage import save_json
 UNFINISHED = 3  # exit status of a call after which another one is needed
 SAVING = 0.5  # minutes that a training call keeps for its end
 BATCH = 4  # parts that leave with a call
+LOOKS = 6  # at the encoder while it is trained; each is kept for the probe curve
 TINY_DATA = "fashion-mnist-mini"
 
 
@@ -43,7 +44,6 @@ class Training:
         settings: Options of `vision-ssl train`.
         epochs: Of the training.
         tiny: Options of a rehearsal.
-        every: Epochs between two looks, and between two encoders of the probe curve.
         finetune: Epochs of fine-tuning; 0 for none.
     """
 
@@ -51,7 +51,6 @@ class Training:
     settings: str
     epochs: int
     tiny: str
-    every: int = 50
     finetune: int = 0
 
 
@@ -86,6 +85,7 @@ class Arguments:
         epochs: Of the training, if not the job's own.
         pilot: Train for four epochs, to see whether it compiles and how fast it is.
         fit: Train as many epochs as a pilot found to fit into so many minutes.
+        measure: Measure what was trained; otherwise it is packed as it is, to be measured elsewhere.
         device: Where to compute.
         tiny: Rehearse: few images, small batches, one epoch.
         seed: Of the training.
@@ -100,6 +100,7 @@ class Arguments:
     epochs: int | None = None
     pilot: bool = False
     fit: float | None = None
+    measure: bool = True
     device: str = "auto"
     tiny: bool = False
     seed: int = 0
@@ -163,14 +164,19 @@ def train(arguments: Arguments, job: Training) -> None:
     """Train within the time of this call, then measure, then pack."""
     out = arguments.work / f"{arguments.job}-{arguments.seed}"
     if not finished(out):
-        how = ["--resume"] if (out / "run.json").exists() else [*settings(arguments, job), *length(arguments, job)]
-        when = [*looks(1 if arguments.tiny else job.every), "--time-limit", max(0.1, arguments.left - SAVING)]
+        how: list[object] = ["--resume"]
+        if (out / "run.json").exists():
+            epochs = Run(out).settings["recipe"]["epochs"]
+        else:
+            epochs, compile = length(arguments, job)
+            how = [*settings(arguments, job), "--epochs", epochs, "--compile", compile]
+        when = [*looks(max(1, epochs // LOOKS)), "--time-limit", max(0.1, arguments.left - SAVING)]
         run(*training(arguments, job, out), *when, *how)
     if not finished(out):
-        unfinished("the training")
-    if not (out / "results").exists():
+        unfinished("training")
+    if arguments.measure and not (out / "results").exists():
         if arguments.left < arguments.minutes / 2 and not arguments.tiny:
-            unfinished("the measurements")
+            unfinished("measuring")
         measure(out, arguments.data, arguments, finetune=1 if arguments.tiny and job.finetune else job.finetune)
     pack(out, arguments.out, arguments.batch)
 
@@ -186,17 +192,17 @@ def settings(arguments: Arguments, job: Training) -> list[object]:
     return [*job.settings.split(), *(job.tiny.split() if arguments.tiny else []), "--seed", arguments.seed]
 
 
-def length(arguments: Arguments, job: Training) -> list[object]:
-    """How long to train: the job's own epochs, others, or those that fit."""
+def length(arguments: Arguments, job: Training) -> tuple[int, str]:
+    """How many epochs to train, the job's own, others, or those that fit; and whether to compile."""
     if arguments.fit is None:
-        return ["--epochs", 1 if arguments.tiny else arguments.epochs or job.epochs]
+        return 1 if arguments.tiny else arguments.epochs or job.epochs, "auto"
     if not speed_file(arguments).exists():
         sys.exit(f"fit={arguments.fit:g} needs to know the speed: run the same command with --pilot first")
     found = json.loads(speed_file(arguments).read_text())
     size = Run(arguments.work / f"pilot-{arguments.job}-{found['compile']}").settings["recipe"]["image_size"]
     images = len(open_images(arguments.data, size=size, cache_dir=arguments.work / "cache"))
     epochs = max(1, int(60 * arguments.fit * found["images_per_second"] / images))
-    return ["--epochs", epochs, "--compile", found["compile"]]
+    return epochs, found["compile"]
 
 
 def speed_file(arguments: Arguments) -> Path:
@@ -237,8 +243,9 @@ def pack(out: Path, target: Path, batch: int) -> None:
     if not (parts / INDEX).exists():
         kept = out / "kept"
         shutil.rmtree(kept, ignore_errors=True)
-        for name in ("weights", "results"):
-            shutil.copytree(out / name, kept / name)
+        for folder in (out / "weights", out / "results"):
+            if folder.exists():
+                shutil.copytree(folder, kept / folder.name)
         for path in [*out.glob("probe_curve.*"), out / "run.json", out / "metrics.jsonl"]:
             shutil.copy(path, kept)
         split(kept, parts)

@@ -1,0 +1,100 @@
+"""Several trainings where the minutes are few: compiled together, tried one by one, then trained in a row and packed.
+
+    python -m benchmarks.gpu.series simclr_resnet18=5 mae_vit_tiny=2 --data tiny-imagenet-200 --work work --out out
+
+Minutes are those of the training itself; opening the images, loading what was compiled, and the looks at the encoder
+take up to one more for each job. Compiling takes processors and hardly a GPU, so that all jobs do it at once, on
+whatever images are there already: `--part` names a folder with some of them, and `--wait-for` a file that appears once
+they all are. The packed weights of a job are in its own folder under `--out`, as soon as it is trained; `pack.py join`
+makes a run of them, to be measured elsewhere. What happened when is in `progress.log` there.
+"""
+
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks.gpu.job import TRAININGS
+
+LOG = "progress.log"
+
+
+@dataclass
+class Arguments:
+    """What to train, and where.
+
+    Attributes:
+        jobs: `NAME=MINUTES` each.
+        data: As for a job.
+        work: Folder that lasts from call to call.
+        out: Folder for what is to be kept.
+        part: Images for the trials, by default `data`.
+        wait_for: A file without which no training begins.
+        device: Where to compute.
+        tiny: Rehearse.
+    """
+
+    jobs: tyro.conf.Positional[tuple[str, ...]]
+    data: str
+    work: Path
+    out: Path
+    part: str | None = None
+    wait_for: Path | None = None
+    device: str = "auto"
+    tiny: bool = False
+
+
+def parsed(jobs: tuple[str, ...]) -> dict[str, float]:
+    """Minutes of each job.
+
+    Raises:
+        SystemExit: One of them is not `NAME=MINUTES`.
+    """
+    found = {}
+    for job in jobs:
+        name, _, minutes = job.partition("=")
+        if name not in TRAININGS or not minutes.replace(".", "", 1).isdigit():
+            sys.exit(f"jobs={job!r}: expected NAME=MINUTES, with one of {', '.join(TRAININGS)}")
+        found[name] = float(minutes)
+    return found
+
+
+def start(arguments: Arguments, name: str, *options: object, data: str, work: Path) -> subprocess.Popen[bytes]:
+    """Begin a job, whose words go to a file of its own."""
+    fixed: list[object] = ["--work", work, "--out", arguments.out / name, "--device", arguments.device]
+    tiny = ["--tiny"] if arguments.tiny else []
+    command = [sys.executable, "-m", "benchmarks.gpu.job", name, "--data", data, *map(str, [*fixed, *options, *tiny])]
+    with (arguments.out / f"{name}.log").open("ab") as log:
+        log.write(f"$ {shlex.join(command[1:])}\n".encode())
+        log.flush()
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def main(arguments: Arguments) -> None:
+    """Compile, try, train, pack; a job that fails does not stop the others."""
+    jobs, part = parsed(arguments.jobs), arguments.part or arguments.data
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    def say(*words: object) -> None:
+        with (arguments.out / LOG).open("a") as log:
+            print(time.strftime("%H:%M:%S"), *words, file=log)
+
+    first = {name: start(arguments, name, "--pilot", data=part, work=arguments.work / f"first-{name}") for name in jobs}
+    for name, process in first.items():
+        say("compiled", name, process.wait())
+    for name in jobs:
+        say("tried", name, start(arguments, name, "--pilot", data=part, work=arguments.work).wait())
+    while arguments.wait_for is not None and not arguments.wait_for.exists():
+        time.sleep(0.5)
+    for name, minutes in jobs.items():
+        options = ("--fit", minutes, "--minutes", 1.2 * minutes + 2, "--no-measure")
+        say("trained", name, start(arguments, name, *options, data=arguments.data, work=arguments.work).wait())
+    say("done")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
