@@ -122,8 +122,12 @@ def run(*words: object) -> None:
 
 def smoke(arguments: Arguments) -> None:
     """Everything once on this device, in little: so that no later job fails on a trifle."""
+    if not arguments.tiny:
+        run("-m", "pytest", "-q", "tests/test_cuda.py")
     for method, options in (("simclr", TINY), ("mae", TINY_VIT)):
         out = arguments.work / f"smoke-{method}"
+        if (out / "results").exists():
+            continue
         train = ["-m", "vision_ssl", "train", method, TINY_DATA, "--out", out, "--device", arguments.device, *looks(5)]
         shutil.rmtree(out, ignore_errors=True)
         compile = "off" if arguments.tiny else "on"

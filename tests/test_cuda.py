@@ -1,0 +1,60 @@
+"""What a GPU does by other means than a CPU. Without one, `VISION_SSL_TEST_DEVICE=cpu` rehearses it."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from vision_ssl import MAE, SimCLR, extract
+from vision_ssl.device import brought_ahead
+from vision_ssl.encoders import resolve_encoder
+from vision_ssl.hub import attach
+from vision_ssl.recipes import Recipe
+
+DEVICE = torch.device(os.environ.get("VISION_SSL_TEST_DEVICE", "cuda"))
+pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="there is no GPU")
+
+PIXELS = torch.randint(256, (70, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_batches_arrive_in_order_and_whole() -> None:
+    batches = PIXELS.repeat(20, 1, 1, 1).split(100)  # that the transfer of one takes its time
+    arrived = [batch.float().mean(dim=(1, 2, 3)) for batch in brought_ahead(batches, DEVICE)]
+    assert {mean.device.type for mean in arrived} == {DEVICE.type}
+    torch.testing.assert_close(torch.cat(arrived).cpu(), PIXELS.float().mean(dim=(1, 2, 3)).repeat(20))
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny"])
+def test_features_are_those_of_a_cpu(architecture: str) -> None:
+    torch.manual_seed(0)
+    encoder = attach(resolve_encoder(architecture, image_size=32).build(), 32, 3, card={})
+    found = extract(encoder, PIXELS, device=DEVICE, batch_size=3).features  # more batches than are in flight
+    expected = extract(encoder, PIXELS, device="cpu").features
+    assert found.device.type == "cpu"
+    assert torch.cosine_similarity(found, expected).min() > 0.9999
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)  # TF32 in convolutions
+
+
+@pytest.mark.parametrize("compile", ["on", "off"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        SimCLR(image_size=32, batch_size=35, epochs=4, blur=0.5),
+        SimCLR(image_size=32, batch_size=35, epochs=4, view_size=24, fast_views=True),
+        MAE(encoder="vit_tiny", image_size=32, batch_size=35, epochs=4, decoder_depth=1),
+        MAE(encoder="resnet18", image_size=32, batch_size=35, epochs=4),
+    ],
+    ids=["exact views", "fast views", "ViT", "ResNet"],
+)
+def test_training_learns_stops_and_resumes(recipe: Recipe, compile: str, tmp_path: Path) -> None:
+    if compile == "on" and DEVICE.type == "cpu":
+        pytest.skip("a rehearsal compiles nothing")
+    whole = recipe.train(PIXELS, out=tmp_path / "whole", device=str(DEVICE), compile=compile)
+    losses = [line["loss"] for line in whole.metrics if "loss" in line]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+    recipe.train(PIXELS, out=tmp_path / "halves", device=str(DEVICE), compile=compile, time_limit=0)
+    resumed = recipe.train(PIXELS, out=tmp_path / "halves", device=str(DEVICE), compile=compile, resume=True)
+    again = [line["loss"] for line in resumed.metrics if "loss" in line]
+    torch.testing.assert_close(torch.tensor(again), torch.tensor(losses), rtol=0.02, atol=0.02)
