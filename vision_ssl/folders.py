@@ -137,25 +137,42 @@ def _images_in(root: Path, prefix: str) -> list[str]:
 
 
 def _walk(root: Path, prefix: str) -> list[str]:
-    """Image files below a folder, through links; each real directory once, so that a loop of links ends."""
+    """Image files below a folder, through links; each real directory once, so that a loop of links ends.
+
+    Entries know from their directory what they are: to ask for each file by its path would take ten times as long.
+    """
     paths: list[str] = []
     seen: set[tuple[int, int]] = set()
-    for top, subfolders, names in os.walk(root / prefix, followlinks=True, onerror=_refuse):
-        folder = Path(top)
+    waiting = [prefix]
+    while waiting:
+        relative = waiting.pop()
+        folder = root / relative
         stat = folder.stat()
         if (stat.st_dev, stat.st_ino) in seen:
-            subfolders.clear()
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        subfolders[:] = sorted(subfolder for subfolder in subfolders if not subfolder.startswith("."))
-        relative = "" if folder == root else folder.relative_to(root).as_posix() + "/"
-        for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                path = folder / name
-                if path.is_file() or path.is_symlink():  # a broken link is a bad image; a pipe is none
-                    paths.append(relative + name)
+        subfolders = []
+        for entry in _entries(folder):
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                subfolders.append(f"{relative}{entry.name}/")
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES) and (entry.is_symlink() or entry.is_file()):
+                paths.append(relative + entry.name)  # a broken link is a bad image; a pipe is none
+        waiting += sorted(subfolders, reverse=True)
     return sorted(paths)
 
 
-def _refuse(error: OSError) -> None:
-    raise DataError(f"source {error.filename}: the folder cannot be read: {error.strerror}") from error
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise DataError(f"source {error.filename}: the folder cannot be read: {error.strerror}") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
