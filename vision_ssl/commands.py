@@ -19,7 +19,7 @@ SourcePath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
 
 
 def list_command() -> None:
-    """Show the models: the packaged ones, then those that are downloaded when they are first used."""
+    """Show the models: our own, then those that are downloaded when they are first used."""
     rows = [("name", "linear", "kNN", "")]
     for weights in (*WEIGHTS, *UPSTREAM):
         scores = {score["protocol"]: f"{score['accuracy']:.1f} %" for score in weights.own_scores}

@@ -82,6 +82,22 @@ WEIGHTS: tuple[Weights, ...] = (
             "head.safetensors": "6da7e54676faf769694962d41c168c8e724df931547fa4fa5f8c3f9d79bf0d0a",
         },
     ),
+    Weights(
+        "simclr_resnet50.tiny_imagenet",
+        "SimCLR, ResNet-50 with stem 3x3, 64 px, 40 epochs of Tiny ImageNet; in a clone alone",
+        {
+            "model.safetensors": "6bc5826ae8cff459e5d1a4d2ef1d4dc72a3abc2cc5580dcdbd48d3b080af2983",
+            "head.safetensors": "8cc78e07edb8021c8b4690fd572a681540f5d3f309a2e8606ac89c13aac5b527",
+        },
+    ),
+    Weights(
+        "mae_resnet18.tiny_imagenet",
+        "MAE, ResNet-18 with stem 3x3, 64 px, 36 epochs of Tiny ImageNet; in a clone alone",
+        {
+            "model.safetensors": "8731d7e69bd17bac3d9f96b4c6804fb777cf017421ffb747bab72b74bc61f526",
+            "head.safetensors": "5cf7590fae090291d13908239d7f415f532d9ff75077d234a07a4477b89b32d3",
+        },
+    ),
 )
 
 
@@ -126,7 +142,7 @@ UPSTREAM: tuple[Weights, ...] = (
 
 
 def list_models() -> list[str]:
-    """Names of the models that `load` knows: the packaged ones, then those that it downloads."""
+    """Names of the models that `load` knows: our own, then those that it downloads."""
     return [weights.name for weights in (*WEIGHTS, *UPSTREAM)]
 
 
