@@ -49,6 +49,7 @@ class Arguments:
         tiny: Small batches and few steps: a rehearsal, whose figures mean nothing.
         steps: Steps of a training run that are timed, after as many that are not.
         only: Rows whose names hold one of these; by default all.
+        profile: Print what the device spends its time on in each training, and save nothing.
         out: The JSON, whose other rows stay.
     """
 
@@ -56,6 +57,7 @@ class Arguments:
     tiny: bool = False
     steps: int = 100
     only: tuple[str, ...] = ()
+    profile: bool = False
     out: Path = RESULTS / "throughput.json"
 
 
@@ -75,6 +77,15 @@ def training(recipe: Recipe, device: torch.device, steps: int, compile: str) -> 
         seconds = [recipe.batch_size / line["images_per_second"] for line in run.metrics[-steps:]]
     part = steps // ROUNDS
     return [recipe.batch_size * part / sum(seconds[at : at + part]) for at in range(0, part * ROUNDS, part)]
+
+
+def profiled(recipe: Recipe, device: torch.device, steps: int, compile: str) -> str:
+    """A table of kernels, those that take longest first, whose last line is the time of them all."""
+    activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        rates = training(recipe, device, steps, compile)
+    longest = profile.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25)
+    return f"{longest}\n{1000 * recipe.batch_size / max(rates):.2f} ms a step, of {2 * steps}"
 
 
 def rate(work: Callable[[], object], images: int, device: torch.device, repeats: int) -> list[float]:
@@ -159,7 +170,7 @@ def features(device: torch.device, count: int) -> list[float]:
 def main(arguments: Arguments) -> None:
     """Measure, print, and write the JSON after each row, so that an interruption costs one; others stay in it."""
     device = pick_device(arguments.device)
-    steps, repeats = (ROUNDS, 1) if arguments.tiny else (arguments.steps, 20)
+    steps, repeats, compile = (ROUNDS, 1, "off") if arguments.tiny else (arguments.steps, 20, "on")
     facts = {
         "machine": describe_machine(device),
         "torch": torch.__version__,
@@ -179,7 +190,7 @@ def main(arguments: Arguments) -> None:
 
     if not any(map(wanted, [FEATURES, *TRAINING])):
         raise SystemExit(f"only={arguments.only} fits no row: expected parts of {', '.join([FEATURES, *TRAINING])}")
-    if wanted(FEATURES):
+    if wanted(FEATURES) and not arguments.profile:
         add(FEATURES, features(device, 4 if arguments.tiny else 8192), asked_for=FEATURES_ASKED)
     for name, (full, ceiling, asked) in TRAINING.items():
         if not wanted(name):
@@ -188,8 +199,11 @@ def main(arguments: Arguments) -> None:
         kinds = {"exact views": recipe} | (
             {"fast views": replace(recipe, fast_views=True)} if isinstance(recipe, SimCLR) else {}
         )
+        if arguments.profile:
+            for kind, own in kinds.items():
+                print(f"{name}, {kind}\n{profiled(own, device, steps, compile)}", flush=True)
+            continue
         for kind, own in kinds.items():
-            compile = "off" if arguments.tiny else "on"
             rates = training(own, device, steps, compile)
             add(f"{name}, {kind}, compile {compile}", rates, ceiling=ceiling, asked_for=asked)
             add(f"{name}, {kind}, augmentation alone, compile {compile}", augmentation(own, device, repeats, compile))
