@@ -60,10 +60,11 @@ def main(arguments: Arguments) -> None:
         encoders = {name: load(name)} | ({f"{name}, untrained": random_encoder(name)} if arguments.twins else {})
         for label, encoder in encoders.items():
             train, val = splits(arguments, encoder.preprocess.size)
-            rows += reports(label, features(encoder, train, arguments), features(encoder, val, arguments))
+            fitted_on, scored_on = (features(encoder, images, device) for images in (train, val))
+            rows += reports(label, fitted_on, scored_on, device)
     train, val = splits(arguments, arguments.pixels)
-    pixels = [pixel_features(images, size=arguments.pixels) for images in (train, val)]
-    rows += reports(label_of_pixels(arguments), *pixels)
+    fitted_on, scored_on = (pixel_features(images, size=arguments.pixels) for images in (train, val))
+    rows += reports(label_of_pixels(arguments), fitted_on, scored_on, device)
     print(table(rows))
     linears = {label: report for label, report in rows if report.protocol == "linear"}
     first, *rivals = arguments.models
@@ -108,16 +109,15 @@ def splits(arguments: Arguments, size: int) -> tuple[ImageSet, ImageSet]:
     return fitted, more.select([index for index, path in enumerate(more.paths) if path not in chosen])
 
 
-def features(encoder: torch.nn.Module, images: ImageSet, arguments: Arguments) -> Features:
+def features(encoder: torch.nn.Module, images: ImageSet, device: torch.device) -> Features:
     """Features in bfloat16 arithmetic where the device has it, otherwise in float32."""
-    device = pick_device(arguments.device)
     with torch.autocast(device.type, torch.bfloat16) if native_bf16(device) else nullcontext():
         return extract(encoder, images, device=device)
 
 
-def reports(label: str, train: Features, val: Features) -> list[tuple[str, Report]]:
+def reports(label: str, train: Features, val: Features, device: torch.device) -> list[tuple[str, Report]]:
     """The protocols, each once."""
-    return [(label, linear(train, val)), (label, knn(train, val)), (label, knn(train, val, k=5))]
+    return [(label, linear(train, val, device=device)), (label, knn(train, val)), (label, knn(train, val, k=5))]
 
 
 def entry(label: str, report: Report) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def measure(name: str, encoder: Encoder, source: str, arguments: Arguments) -> d
     scores = []
     for classes in chosen:
         parts = train.first_classes(classes), val.first_classes(classes)
-        reports = transfer_reports(*parts, arguments.seeds)
+        reports = transfer_reports(*parts, arguments.seeds, device)
         if source == arguments.data:
             reports += further_reports(*parts, arguments.seeds, device)
         scores += [{"classes": classes, **entry(group)} for group in reports]
@@ -112,9 +112,9 @@ def features(encoder: Encoder, source: str, device: torch.device, per_class: int
         return extract(encoder, train, device=device), extract(encoder, val, device=device)
 
 
-def transfer_reports(train: Features, val: Features, seeds: int) -> list[list[Report]]:
+def transfer_reports(train: Features, val: Features, seeds: int, device: torch.device) -> list[list[Report]]:
     """A report of each protocol for each seed; kNN depends on none."""
-    return [[linear(train, val, seed=seed) for seed in range(seeds)], [knn(train, val)]]
+    return [[linear(train, val, device=device, seed=seed) for seed in range(seeds)], [knn(train, val)]]
 
 
 def further_reports(train: Features, val: Features, seeds: int, device: torch.device) -> list[list[Report]]:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vision_ssl import MAE, SimCLR, extract
+from vision_ssl import MAE, Features, SimCLR, extract
 from vision_ssl.device import brought_ahead
 from vision_ssl.encoders import resolve_encoder
 from vision_ssl.hub import attach
+from vision_ssl.probe import linear
 from vision_ssl.recipes import Recipe
 
 DEVICE = torch.device(os.environ.get("VISION_SSL_TEST_DEVICE", "cuda"))
@@ -58,3 +59,21 @@ def test_training_learns_stops_and_resumes(recipe: Recipe, compile: str, tmp_pat
     resumed = recipe.train(PIXELS, out=tmp_path / "halves", device=str(DEVICE), compile=compile, resume=True)
     again = [line["loss"] for line in resumed.metrics if "loss" in line]
     torch.testing.assert_close(torch.tensor(again), torch.tensor(losses), rtol=0.02, atol=0.02)
+
+
+def test_a_linear_probe_is_that_of_a_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 6
+    centres = torch.randn(6, 40, generator=generator)
+
+    def features(rows: slice) -> Features:
+        part = labels[rows]
+        noisy = centres[part] + 3 * torch.randn(len(part), 40, generator=generator)
+        paths = tuple(f"{rows.start} {index}" for index in range(len(part)))
+        return Features(noisy, part, tuple("abcdef"), paths, digest=str(rows.start))
+
+    train, val = features(slice(0, 400)), features(slice(400, 600))
+    found, expected = linear(train, val, device=DEVICE), linear(train, val)
+    assert found.settings["l2"] == expected.settings["l2"]
+    assert abs(found.accuracy - expected.accuracy) <= 1
+    assert found.train_loss == pytest.approx(expected.train_loss, abs=1e-3)

@@ -59,7 +59,7 @@ class Classifier(NamedTuple):
 
 
 def logistic_regression(features: Tensor, labels: Tensor, n_classes: int, l2: float) -> Classifier:
-    """Fit multinomial logistic regression, to convergence.
+    """Fit multinomial logistic regression, to convergence, on the device of the features.
 
     It minimises the mean cross-entropy plus l2 / 2 * ||W||^2, where W acts on features that are standardised by
     their own mean and deviation (a constant one is left at 0), and the bias is free.
@@ -74,7 +74,7 @@ def logistic_regression(features: Tensor, labels: Tensor, n_classes: int, l2: fl
         UserWarning: The solver ran out of iterations; the accuracy may be a little low.
     """
     axes = _Axes.of(features)
-    weight, bias = _minimise(axes.project(features), labels, l2, _Weights.zeros(axes, n_classes))
+    weight, bias = _minimise(axes.project(features), labels.to(features.device), l2, _Weights.zeros(axes, n_classes))
     return Classifier(axes.mean, axes.rotation @ weight, bias)
 
 
@@ -86,7 +86,7 @@ def choose_l2(features: Tensor, labels: Tensor, n_classes: int, seed: int) -> di
 
     Args:
         features: float32 (n, D).
-        labels: int64 (n,), 0..n_classes - 1.
+        labels: int64 (n,), 0..n_classes - 1, on the CPU.
         n_classes: Number of classes.
         seed: Of the held-out split, which is stratified by class.
 
@@ -106,12 +106,13 @@ def choose_l2(features: Tensor, labels: Tensor, n_classes: int, seed: int) -> di
     fit, held_out = part[~held], part[held]
     axes = _Axes.of(features[fit])
     fit_features, held_features = axes.project(features[fit]), axes.project(features[held_out])
+    fit_labels, held_labels = labels[fit].to(features.device), labels[held_out].to(features.device)
     weights = _Weights.zeros(axes, n_classes)
     losses: list[float] = []
     for l2 in L2_GRID:
-        weights = _minimise(fit_features, labels[fit], l2, weights)
+        weights = _minimise(fit_features, fit_labels, l2, weights)
         logits = torch.addmm(weights.bias, held_features, weights.weight)
-        losses.append(float(F.cross_entropy(logits, labels[held_out])))
+        losses.append(float(F.cross_entropy(logits, held_labels)))
         best = losses.index(min(losses))
         if len(losses) - 1 - best == PATIENCE:
             break

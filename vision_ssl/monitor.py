@@ -53,7 +53,8 @@ def build_monitor(
                 warnings.simplefilter("ignore")
                 seen["knn_accuracy"] = knn(train, val, k=min(20, cut), seed=seed).accuracy
                 if in_class.max() > 1:  # the linear probe holds some out to choose by
-                    seen["linear_accuracy"] = linear(train, val, seed=seed).accuracy
+                    where = next(encoder.parameters()).device
+                    seen["linear_accuracy"] = linear(train, val, device=where, seed=seed).accuracy
         return seen
 
     return look

@@ -37,7 +37,7 @@ CROP_PROBES = {probe.protocol: probe for probe in (MAE_PROBE, SIMCLR_PROBE)}
 MEMORISING_L2 = 1e-4  # of resubstitution
 
 
-def linear(train: Features, val: Features, *, seed: int = 0) -> Report:
+def linear(train: Features, val: Features, *, device: str | torch.device | None = None, seed: int = 0) -> Report:
     """Fit a linear classifier on training features, and score it on others.
 
     Features are standardised by the statistics of the training images. The classifier is multinomial logistic
@@ -48,6 +48,7 @@ def linear(train: Features, val: Features, *, seed: int = 0) -> Report:
     Args:
         train: Features to fit on, with labels.
         val: Features of other images, with labels of the same classes.
+        device: Where the solver works: on a GPU of CUDA, or otherwise the CPU, since others lack double precision.
         seed: Of the held-out split and the bootstrap.
 
     Raises:
@@ -56,10 +57,12 @@ def linear(train: Features, val: Features, *, seed: int = 0) -> Report:
     Warns:
         UserWarning: `val` has a class that `train` lacks, or the solver ran out of iterations.
     """
-    train_labels = check_pair(train, val)
+    labels = check_pair(train, val)
     n_classes = len(train.classes)
-    settings = choose_l2(train.features, train_labels, n_classes, seed)
-    classifier = logistic_regression(train.features, train_labels, n_classes, settings["l2"])
+    features = train.features.to(device) if torch.device(device or "cpu").type == "cuda" else train.features
+    settings = choose_l2(features, labels, n_classes, seed)
+    fitted = logistic_regression(features, labels, n_classes, settings["l2"])
+    classifier = Classifier(*(tensor.cpu() for tensor in fitted))
     return _linear_report("linear", classifier, train, val, settings, seed)
 
 
@@ -160,7 +163,8 @@ def evaluate(
             say what was chosen.
         layers: How many of a ViT's last layers are averaged, unless that is chosen too.
         classes: Only the first so many classes by name take part, whose images are copied into memory; by default all.
-        device: Where the encoder computes, by default where it is; and SGD on its features, by default on the CPU.
+        device: Where the encoder computes, by default where it is; and where a linear classifier is fitted to its
+            features, by default on the CPU.
         cache_dir: Where the decoded images are kept.
         seed: See the protocol.
 
@@ -226,7 +230,7 @@ def evaluate(
     elif protocol in SHOTS:
         found = fewshot(features("train"), features("val"), protocol=protocol, seed=seed)
     else:
-        found = linear(features("train"), features("val"), seed=seed)
+        found = linear(features("train"), features("val"), device=device, seed=seed)
     return replace(found, settings={**found.settings, **facts})
 
 
