@@ -48,7 +48,7 @@ class Arguments:
         device: Where.
         tiny: Small batches and few steps: a rehearsal, whose figures mean nothing.
         steps: Steps of a training run that are timed, after as many that are not.
-        only: Rows whose names hold one of these; by default all.
+        only: Groups of rows whose names, such as `MAE ViT-S/8 at 64 px`, hold one of these; by default all.
         profile: Print what the device spends its time on in each training, and save nothing.
         out: The JSON, whose other rows stay.
     """
@@ -169,6 +169,10 @@ def features(device: torch.device, count: int) -> list[float]:
 
 def main(arguments: Arguments) -> None:
     """Measure, print, and write the JSON after each row, so that an interruption costs one; others stay in it."""
+    if arguments.tiny and arguments.out == Arguments.out:
+        raise SystemExit(f"tiny: its figures mean nothing: expected another out than {arguments.out}")
+    if arguments.steps < ROUNDS:
+        raise SystemExit(f"steps={arguments.steps}: expected at least {ROUNDS}, of which the spread is taken")
     device = pick_device(arguments.device)
     steps, repeats, compile = (ROUNDS, 1, "off") if arguments.tiny else (arguments.steps, 20, "on")
     facts = {

@@ -23,6 +23,7 @@ RECIPES = {
     "exact views": SIMCLR,
     "fast views": SimCLR(image_size=32, batch_size=SIZE, blur=0.5, grayscale=0.3, view_size=24, fast_views=True),
     "ViT": MAE(encoder="vit_tiny", image_size=32, batch_size=SIZE, decoder_depth=1),
+    "many patches": MAE(encoder="vit_tiny", image_size=80, patch_size=4, batch_size=SIZE, decoder_depth=1),
     "ResNet": MAE(encoder="resnet18", image_size=32, batch_size=SIZE),
 }
 

@@ -584,12 +584,36 @@ def test_what_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: str, device: str, steps: int, compiled: bool
 ) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: seen.append(self))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(function))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: seen.append((self, dynamic)))
+
+    def compiled_views(*_: object) -> tuple[Tensor, ...]:
+        return ()
+
+    def compile_function(function: object, dynamic: bool) -> object:
+        seen.append((function, dynamic))
+        return compiled_views
+
+    monkeypatch.setattr(torch, "compile", compile_function)
     monkeypatch.setattr("vision_ssl.engine.brought_near", lambda pixels, device: pixels)
     monkeypatch.setattr(nn.Module, "to", lambda self, *args, **kwargs: self)  # there may be no GPU here
     recipe, model = Tiny(epochs=steps // 4), TinyModel(True)
     options: dict[str, Any] = {"device": torch.device(device), "bf16": False, "seed": 0, "facts": {}}
     trainer = Trainer(model, recipe, PIXELS, tmp_path, compile=compile, **options)
     assert trainer.progress.steps == steps
-    assert seen == ([model, recipe.augment][: 2 if device == "cuda" else 1] if compiled else [])
+    both = [(model, False), (recipe.augment, False)]
+    assert seen == (both[: 2 if device == "cuda" else 1] if compiled else [])
+    assert (trainer._augment is compiled_views) == (compiled and device == "cuda")
+
+
+def test_a_step_takes_the_views_that_were_compiled(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"device": torch.device("cpu"), "bf16": False, "seed": 0, "facts": {}}
+    trainer = Trainer(TinyModel(True), Tiny(), PIXELS, tmp_path, **options)
+    calls: list[Tensor] = []
+
+    def augment(images: Tensor, draws: Draws) -> tuple[Tensor, ...]:
+        calls.append(images)
+        return trainer.recipe.augment(images, draws)
+
+    trainer._augment = augment
+    trainer.estimate()
+    assert len(calls) == 2  # of two micro-batches

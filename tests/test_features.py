@@ -80,6 +80,20 @@ def test_extract_keeps_every_image_in_order(batch_size: int, in_flight: int, mon
     assert features.digest == open_images(images, size=SIZE).digest
 
 
+def test_an_encoder_may_return_the_same_memory_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.IN_FLIGHT, "cpu", 3)
+
+    class Reusing(nn.Module):
+        memory = torch.empty(2, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.mean(images, dim=(2, 3), out=self.memory)
+
+    images = make_images(10)
+    features = extract(attach(Reusing(), PREPROCESS), images, batch_size=2).features
+    torch.testing.assert_close(features, PREPROCESS.normalise(images).mean(dim=(2, 3)))
+
+
 def test_extract_is_deterministic_whatever_the_mode() -> None:
     encoder, images = make_encoder(), make_images(10)
     first = extract(encoder.train(), images).features

@@ -229,15 +229,18 @@ def test_a_broken_link_is_an_image_and_a_pipe_is_none(tmp_path: Path) -> None:
     assert list_folder(root, "train", None).paths == ["a.jpg", "broken.jpg"]
 
 
-def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", [(os, "scandir"), (Path, "stat")], ids=["listed", "entered"])
+def test_a_folder_that_cannot_be_read(
+    place: tuple[object, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tree(tmp_path, "a/1.jpg", "locked/2.jpg")
-    scandir = os.scandir
+    allowed = getattr(*place)
 
-    def refuse(path: str) -> object:
-        if str(path).endswith("locked"):
+    def refuse(path: Path, **options: bool) -> object:
+        if path.name == "locked":
             raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+        return allowed(path, **options)
 
-    monkeypatch.setattr(os, "scandir", refuse)  # a test run by root could not lock itself out
+    monkeypatch.setattr(*place, refuse)  # a test run by root could not lock itself out
     with pytest.raises(DataError, match=r"^source .*locked: the folder cannot be read: Permission denied$"):
         list_folder(root, "train", None)

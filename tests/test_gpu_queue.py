@@ -114,7 +114,18 @@ def test_the_queue_lists_every_job_in_its_order() -> None:
     assert rows == list(job.JOBS)
 
 
-@pytest.mark.parametrize("given", ["simclr_resnet18", "simclr_resnet18=", "simclr_resnet18=-1", "smoke=1", "=2"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "simclr_resnet18",
+        "simclr_resnet18=",
+        "simclr_resnet18=-1",
+        "simclr_resnet18=²",
+        "simclr_resnet18=nan",
+        "smoke=1",
+        "=2",
+    ],
+)
 def test_a_series_refuses_what_is_no_job_with_minutes(given: str) -> None:
     with pytest.raises(SystemExit, match=rf"^jobs='{given}': expected NAME=MINUTES, with one of simclr_resnet18, "):
         series.parsed(("mae_vit_tiny=1.5", given))

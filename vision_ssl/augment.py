@@ -16,7 +16,7 @@ LARGE = 128  # side of views, pixels, from which on a CPU is faster image by ima
 
 # Numbers for each image that are drawn together: to draw each few when they are needed costs a GPU a kernel for each,
 # and could not be compiled.
-AT_ONCE = 128
+AT_ONCE = 512  # enough for two views, or for one and the mask of 400 patches
 
 
 class Draws:

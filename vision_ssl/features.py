@@ -203,7 +203,7 @@ def extract_with(
                 output = forward(preprocess.normalise(pixels))
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(pixels):
                 raise DataError(f"encoder: returned {_describe(output)}, expected pooled features ({len(pixels)}, D)")
-            outputs.append(output)
+            outputs.append(output.clone() if together > 1 else output)  # an encoder may use its memory again
             if number % together and number < len(batches):
                 continue
             if done == 0:  # whole from the start: batches kept one by one would leave holes in the memory

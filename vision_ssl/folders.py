@@ -146,13 +146,12 @@ def _walk(root: Path, prefix: str) -> list[str]:
     waiting = [prefix]
     while waiting:
         relative = waiting.pop()
-        folder = root / relative
-        stat = folder.stat()
-        if (stat.st_dev, stat.st_ino) in seen:
+        identity, entries = _opened(root / relative)
+        if identity in seen:
             continue
-        seen.add((stat.st_dev, stat.st_ino))
+        seen.add(identity)
         subfolders = []
-        for entry in _entries(folder):
+        for entry in entries:
             if entry.name.startswith("."):
                 continue
             if _is_folder(entry):
@@ -163,10 +162,12 @@ def _walk(root: Path, prefix: str) -> list[str]:
     return sorted(paths)
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _opened(folder: Path) -> tuple[tuple[int, int], list[os.DirEntry[str]]]:
+    """Device and inode of a folder, and its entries."""
     try:
+        stat = folder.stat()
         with os.scandir(folder) as entries:
-            return list(entries)
+            return (stat.st_dev, stat.st_ino), list(entries)
     except OSError as error:
         raise DataError(f"source {error.filename}: the folder cannot be read: {error.strerror}") from error
 

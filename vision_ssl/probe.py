@@ -60,8 +60,9 @@ def linear(train: Features, val: Features, *, device: str | torch.device | None 
     labels = check_pair(train, val)
     n_classes = len(train.classes)
     features = train.features.to(device) if torch.device(device or "cpu").type == "cuda" else train.features
-    settings = choose_l2(features, labels, n_classes, seed)
-    fitted = logistic_regression(features, labels, n_classes, settings["l2"])
+    with torch.autocast(features.device.type, enabled=False):  # the caller's is for the encoder
+        settings = choose_l2(features, labels, n_classes, seed)
+        fitted = logistic_regression(features, labels, n_classes, settings["l2"])
     classifier = Classifier(*(tensor.cpu() for tensor in fitted))
     return _linear_report("linear", classifier, train, val, settings, seed)
 

@@ -94,7 +94,7 @@ class Recipe:
 
     Attributes:
         encoder: `resnet18`, `resnet34`, `resnet50`, `vit_tiny`, `vit_small`, `vit_base`, `vit_large` or `vit_huge`.
-        image_size: Side of the views, pixels.
+        image_size: Side of the images that are kept, and of the views unless SimCLR's `view_size` differs, pixels.
         channels: Channels of the images.
         stem: ResNets: `7x7`, `3x3`, `3x3-nopool`, or `auto` by image size.
         patch_size: ViTs, and masks of patches: side of a patch, pixels; by default 4, 8 or 16 by image size.

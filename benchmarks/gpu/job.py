@@ -9,6 +9,7 @@ allow at the speed that was found.
 """
 
 import json
+import os
 import shlex
 import shutil
 import statistics
@@ -23,6 +24,7 @@ import tyro
 from benchmarks.gpu.pack import INDEX, split
 from vision_ssl import open_images
 from vision_ssl.config import CONFIG_FILE
+from vision_ssl.device import pick_device
 from vision_ssl.engine import FLUSH_STEPS
 from vision_ssl.hub import read_card
 from vision_ssl.pretrain import Run
@@ -123,6 +125,7 @@ def run(*words: object) -> None:
 def smoke(arguments: Arguments) -> None:
     """Everything once on this device, in little: so that no later job fails on a trifle."""
     if not arguments.tiny:
+        os.environ["VISION_SSL_TEST_DEVICE"] = str(pick_device(arguments.device))
         run("-m", "pytest", "-q", "tests/test_cuda.py")
     for method, options in (("simclr", TINY), ("mae", TINY_VIT)):
         out = arguments.work / f"smoke-{method}"

@@ -9,6 +9,7 @@ they all are. The packed weights of a job are in its own folder under `--out`, a
 makes a run of them, to be measured elsewhere. What happened when is in `progress.log` there.
 """
 
+import re
 import shlex
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def parsed(jobs: tuple[str, ...]) -> dict[str, float]:
     found = {}
     for job in jobs:
         name, _, minutes = job.partition("=")
-        if name not in TRAININGS or not minutes.replace(".", "", 1).isdigit():
+        if name not in TRAININGS or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", minutes):
             sys.exit(f"jobs={job!r}: expected NAME=MINUTES, with one of {', '.join(TRAININGS)}")
         found[name] = float(minutes)
     return found
