@@ -192,8 +192,9 @@ def main(arguments: Arguments) -> None:
     def wanted(work: str) -> bool:
         return not arguments.only or any(part in work for part in arguments.only)
 
-    if not any(map(wanted, [FEATURES, *TRAINING])):
-        raise SystemExit(f"only={arguments.only} fits no row: expected parts of {', '.join([FEATURES, *TRAINING])}")
+    groups = [*([] if arguments.profile else [FEATURES]), *TRAINING]
+    if not any(map(wanted, groups)):
+        raise SystemExit(f"only={arguments.only} fits no row: expected parts of {', '.join(groups)}")
     if wanted(FEATURES) and not arguments.profile:
         add(FEATURES, features(device, 4 if arguments.tiny else 8192), asked_for=FEATURES_ASKED)
     for name, (full, ceiling, asked) in TRAINING.items():

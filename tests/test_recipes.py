@@ -235,6 +235,7 @@ BAD: list[tuple[type[Recipe], dict[str, Any], str]] = [
     (MAE, {"loss_on": "kept"}, r"loss_on='kept' is unknown: expected one of masked, all"),
     (MAE, {"mask_ration": 0.5}, r"MAE has no field mask_ration: did you mean mask_ratio\?"),
     (SimCLR, {"view_size": 0}, r"view_size=0 is too small: expected at least 1"),
+    (SimCLR, {"view_size": 24, "blur_kernel": 63}, r"blur_kernel=63 .*an odd number up to 47; the nearest valid is 47"),
     (
         SimCLR,
         {"encoder": "vit_tiny", "view_size": 48},

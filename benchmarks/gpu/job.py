@@ -26,6 +26,7 @@ from vision_ssl import open_images
 from vision_ssl.config import CONFIG_FILE
 from vision_ssl.device import pick_device
 from vision_ssl.engine import FLUSH_STEPS
+from vision_ssl.errors import VisionSSLError
 from vision_ssl.hub import read_card
 from vision_ssl.pretrain import Run
 from vision_ssl.storage import save_json
@@ -201,6 +202,8 @@ def settings(arguments: Arguments, job: Training) -> list[object]:
 
 def length(arguments: Arguments, job: Training) -> tuple[int, str]:
     """How many epochs to train, the job's own, others, or those that fit; and whether to compile."""
+    if arguments.fit is not None and not 0 < arguments.fit < float("inf"):
+        sys.exit(f"fit={arguments.fit}: expected minutes above 0")
     if arguments.fit is None:
         return 1 if arguments.tiny else arguments.epochs or job.epochs, "auto"
     if not speed_file(arguments).exists():
@@ -279,4 +282,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    try:
+        main(tyro.cli(Arguments))
+    except (subprocess.CalledProcessError, VisionSSLError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
