@@ -3,8 +3,9 @@
     python benchmarks/package_weights.py RUN NAME RESULTS... --label LABEL --licence SENTENCE
 
 Copies the weights and the metrics (of a long run, thinned) into `vision_ssl/weights/NAME`, or those of a large model
-by `--clone` into `weights/NAME`, which is not part of the package; adds measured scores and the licence to the card,
-and prints the entry for `vision_ssl/registry.py`.
+by `--clone` into `weights/NAME`, which is not part of the package, in several files if one is larger than a host of
+repositories takes; adds measured scores and the licence to the card, and prints the entry for
+`vision_ssl/registry.py`.
 """
 
 import json
@@ -14,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from huggingface_hub import split_torch_state_dict_into_shards
 
 from vision_ssl.config import CONFIG_FILE
+from vision_ssl.locate import ENCODER_FILE, INDEX_FILE, file_hash
 from vision_ssl.registry import CLONED, PACKAGED
-from vision_ssl.storage import save_json
+from vision_ssl.storage import load_tensors, save_json, save_tensors
 
+LARGEST = 90_000_000  # bytes of a file of weights; GitHub refuses more than 100 MiB
 STEPS = 2000  # of a run whose metrics are packaged, at most: enough for its curves
 
 
@@ -55,11 +59,26 @@ def main(arguments: Arguments) -> None:
         for score in results["scores"]:
             if score.pop("features") == arguments.label:
                 card["scores"].append({"data": results["data"], **score})
+    hashes = dict(card["sha256"])
     for file in card["sha256"]:
-        shutil.copyfile(weights / file, target / file)
+        if file == ENCODER_FILE and (weights / file).stat().st_size > LARGEST:
+            del hashes[file]
+            hashes |= sharded(weights / file, target, LARGEST)
+        else:
+            shutil.copyfile(weights / file, target / file)
     (target / "metrics.jsonl").write_text(thinned((arguments.run / "metrics.jsonl").read_text()))
     save_json(target / CONFIG_FILE, config)
-    print(f'Weights("{arguments.name}", "...", {json.dumps(card["sha256"], indent=4)})')
+    print(f'Weights("{arguments.name}", "...", {json.dumps(hashes, indent=4)})')
+
+
+def sharded(path: Path, target: Path, most: int) -> dict[str, str]:
+    """Divide a file of tensors among several of at most so many bytes, beside an index; their hashes by name."""
+    tensors, _ = load_tensors(path)
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=most)
+    for file, names in plan.filename_to_tensors.items():
+        save_tensors(target / file, {name: tensors[name] for name in names})
+    save_json(target / INDEX_FILE, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    return {file: file_hash(target / file) for file in (INDEX_FILE, *plan.filename_to_tensors)}
 
 
 def thinned(metrics: str) -> str:

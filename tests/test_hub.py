@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vision_ssl
+from benchmarks.package_weights import sharded
 from vision_ssl import hub, registry
 from vision_ssl.encoders import EncoderSpec, resolve_encoder
 from vision_ssl.errors import RecipeError, WeightsError
-from vision_ssl.locate import ENCODER_FILE, file_hash
+from vision_ssl.locate import ENCODER_FILE, INDEX_FILE, file_hash
 from vision_ssl.recipes import recipe_from_dict
 from vision_ssl.registry import Weights
 
@@ -66,7 +67,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def register(monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str) -> None:
     """Publish one folder of weights under some names, the newest last."""
-    hashes = {path.name: file_hash(path) for path in folder.glob("*.safetensors")}
+    hashes = {path.name: file_hash(path) for path in folder.glob("*.safetensors*")}
     for name in names:
         (folder.parent / name).symlink_to(folder, target_is_directory=True)
     monkeypatch.setattr(registry, "PACKAGED", folder.parent)
@@ -676,8 +677,78 @@ def test_a_clone_keeps_what_is_too_big_for_the_package(
     monkeypatch.setattr(registry, "PACKAGED", tmp_path / "package")
     assert vision_ssl.load("mae_big").card["method"] == "mae"
     monkeypatch.setattr(registry, "CLONED", tmp_path / "no clone")
-    with pytest.raises(WeightsError, match=r"^mae_big\.data is too big for the package, and is in clones alone"):
+    with pytest.raises(WeightsError, match=r"^mae_big\.data is too big for the package, and in clones alone"):
         vision_ssl.load("mae_big")
+    others = (replace(registry.WEIGHTS[0], name="mae_big.others", repo="them/mae_big"),)
+    monkeypatch.setattr("vision_ssl.locate.UPSTREAM", others)
+    with pytest.raises(WeightsError, match=r"there, or mae_big\.others, which is downloaded$"):
+        vision_ssl.load("mae_big")
+
+
+class TestShards:
+    """An encoder in several files, as clones keep one that is too large for a single file."""
+
+    @pytest.fixture
+    def divided(self, copied: Path) -> Path:
+        whole = copied / "model.safetensors"
+        assert len(sharded(whole, copied, whole.stat().st_size // 3)) > 2
+        whole.unlink()
+        return copied
+
+    def test_they_are_the_encoder(self, divided: Path, folder: Path) -> None:
+        whole, parts = (hub.load(place).state_dict() for place in (folder, divided))
+        torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+    def test_a_whole_file_goes_first(self, divided: Path, folder: Path) -> None:
+        shutil.copy(folder / "model.safetensors", divided)
+        (divided / INDEX_FILE).write_text("damaged")
+        hub.load(divided)
+
+    @pytest.mark.parametrize("name", ["model-00002-of-*", INDEX_FILE])
+    def test_each_has_the_hash_of_the_registry(self, divided: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        register(monkeypatch, divided, "mae_parts.data")
+        hub.load("mae_parts")
+        (changed,) = divided.glob(name)
+        content = bytearray(changed.read_bytes())
+        content[-1] ^= 1
+        changed.write_bytes(content)
+        with pytest.raises(WeightsError, match=rf"{changed.name} has SHA-256 .*but the registry says"):
+            hub.load("mae_parts")
+
+    def test_none_may_be_missing(self, divided: Path) -> None:
+        first = min(divided.glob("model-*"))
+        first.unlink()
+        with pytest.raises(WeightsError, match=rf"{first.name} is not there"):
+            hub.load(divided)
+
+    @pytest.mark.parametrize(
+        "index",
+        [
+            "",
+            "[1]",
+            "{}",
+            '{"weight_map": 1}',
+            '{"weight_map": {"a": [1]}}',
+            '{"weight_map": {"a": 1}}',
+            '{"weight_map": {"a": "/etc/passwd"}}',
+            '{"weight_map": {"a": "../model-00001-of-00002.safetensors"}}',
+            '{"weight_map": {"a": "model.pkl"}}',
+            "[" * 100_000,
+        ],
+        ids=lambda index: index[:60],
+    )
+    def test_an_index_that_is_none(self, divided: Path, index: str) -> None:
+        (divided / INDEX_FILE).write_text(index)
+        with pytest.raises(WeightsError, match=r"index\.json (is damaged|names the file)"):
+            hub.load(divided)
+
+    def test_an_index_that_does_not_hold(self, divided: Path) -> None:
+        path = divided / INDEX_FILE
+        index = json.loads(path.read_text())
+        index["weight_map"].pop(min(index["weight_map"]))
+        path.write_text(json.dumps(index))
+        with pytest.raises(WeightsError, match=r"does not hold the tensors that model\.safetensors\.index\.json says"):
+            hub.load(divided)
 
 
 def test_the_package_goes_before_the_clone_and_both_before_the_hub(

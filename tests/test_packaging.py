@@ -8,9 +8,14 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import torch
 
 import vision_ssl
-from benchmarks.package_weights import STEPS, thinned
+from benchmarks import package_weights
+from benchmarks.package_weights import STEPS, Arguments, thinned
+from vision_ssl import hub, registry
+from vision_ssl.locate import INDEX_FILE, file_hash
+from vision_ssl.recipes import recipe_from_dict
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,3 +81,36 @@ def test_packaged_metrics_keep_looks_and_the_last_step(steps: int) -> None:
     assert seen[-1] == steps
     if steps < STEPS:
         assert seen == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize(("clone", "divided"), [(False, False), (True, False), (True, True)])
+def test_a_run_becomes_weights_of_the_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clone: bool, divided: bool
+) -> None:
+    small = {"image_size": 24, "batch_size": 8, "epochs": 1, "decoder_dim": 16, "decoder_heads": 2}
+    recipe = recipe_from_dict({"method": "mae", "encoder": "vit_tiny", **small})
+    pixels = torch.randint(0, 256, (8, 3, 24, 24), dtype=torch.uint8)
+    run = recipe.train(pixels, out=tmp_path / "run", device="cpu", precision="fp32")
+    size = (run.directory / "weights" / "model.safetensors").stat().st_size
+    places = {"PACKAGED": tmp_path / "package", "CLONED": tmp_path / "clone"}
+    for name, place in places.items():
+        for module in (package_weights, registry):
+            monkeypatch.setattr(module, name, place)
+    monkeypatch.setattr(package_weights, "LARGEST", size // 2 if divided else size)
+    results = {"data": "some", "scores": [{"features": name, "accuracy": len(name)} for name in ("other", "run")]}
+    (tmp_path / "scores.json").write_text(json.dumps(results))
+    package_weights.main(
+        Arguments(run.directory, "mae_test.data", (tmp_path / "scores.json",), "run", "A licence.", clone=clone)
+    )
+    printed = capsys.readouterr().out
+    entry: registry.Weights = eval(printed[printed.rindex("Weights(") :], {"Weights": registry.Weights})
+    monkeypatch.setattr(registry, "WEIGHTS", (entry,))
+    folder = places["CLONED" if clone else "PACKAGED"] / "mae_test.data"
+    assert entry.directory == folder
+    assert entry.sha256 == {path.name: file_hash(path) for path in folder.glob("*.safetensors*")}
+    assert (folder / INDEX_FILE).exists() == divided == (not (folder / "model.safetensors").exists())
+    encoder = vision_ssl.load("mae_test")
+    assert encoder.card["scores"] == [{"data": "some", "accuracy": 3}]
+    assert encoder.card["licence"] == "A licence."
+    expected = hub.load(run.directory).state_dict()
+    torch.testing.assert_close(encoder.state_dict(), expected, rtol=0, atol=0)

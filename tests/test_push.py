@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from benchmarks.package_weights import sharded
 from tests.hub_server import TOKEN, Client, Fault, HubServer
 from vision_ssl import cli, hub, registry
 from vision_ssl.card import describe_origin, model_card, origin_of
@@ -97,6 +99,22 @@ def test_what_is_trained_and_pushed_comes_back(
     there = author.run(timms, name=f"hf-hub:{repo}", cache=tmp_path / "timm", images=images.tolist())
     here = author.run(timms, name=f"local-dir:{run.directory / 'weights'}", cache=None, images=images.tolist())
     assert there == here == features.tolist()
+
+
+def test_an_encoder_in_several_files_is_pushed_as_one(
+    server: HubServer, author: Client, tmp_path: Path, run: Run
+) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(run.directory / "weights", folder)
+    whole = folder / "model.safetensors"
+    content = whole.read_bytes()
+    sharded(whole, folder, len(content) // 3)
+    whole.unlink()
+    code = "from pathlib import Path\nfrom vision_ssl.extra.push import push\nresult = push(Path(folder), repo).url"
+    author.run(code, folder=folder, repo="me/one")
+    pushed = latest(server, "me/one")
+    assert "model-00001-of" not in " ".join(pushed)
+    assert pushed["model.safetensors"] == content
 
 
 def check_card(text: str, client: Client, encoder: dict[str, str], recipe: Recipe) -> None:

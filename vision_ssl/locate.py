@@ -1,8 +1,10 @@
 """Weights where they lie: found by name, path or reference, and read once their hashes are right."""
 
 import hashlib
+import json
 import logging
 import os
+import re
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,13 +15,15 @@ from torch import Tensor
 from .config import CONFIG_FILE, read_config
 from .encoders import EncoderSpec
 from .errors import CheckpointError, WeightsError
-from .registry import find, list_models
+from .registry import UPSTREAM, find, list_models
 from .remote import PREFIX, Repository, announced_hash, parse_reference, set_aside
 from .storage import load_tensors
 
 _LOG = logging.getLogger("vision_ssl")
 
 ENCODER_FILE, HEAD_FILE = "model.safetensors", "head.safetensors"
+INDEX_FILE = "model.safetensors.index.json"  # of an encoder in several files, in Hugging Face's form
+_SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,32 @@ class Located:
         """
         if facts := self.place.facts:
             _LOG.warning("%s: %s; its hash is %s", facts["name"], facts["licence"], facts["hash"])
+        index = self.place.directory / INDEX_FILE
+        if self.place.repository is None and not self.place.path(self.place.encoder_file).exists() and index.is_file():
+            return index, self._shards(index)
         return self._read(self.place.encoder_file)
 
     def head(self) -> tuple[Path, dict[str, Tensor]]:
         """Likewise the projector's or decoder's."""
         return self._read(HEAD_FILE)
+
+    def _shards(self, index: Path) -> dict[str, Tensor]:
+        """The tensors of all files that an index names, each in the file that the index says."""
+        self._verify(index, INDEX_FILE)
+        try:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(places.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise WeightsError(f"{index} is damaged: expected a weight_map of names and files") from error
+        if strange := [file for file in files if not _SHARD.fullmatch(str(file))]:
+            raise WeightsError(f"{index} names the file {strange[0]!r:.100}: expected {_SHARD.pattern}")
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            path, part = self._read(file)
+            if part.keys() != {name for name, place in places.items() if place == file}:
+                raise WeightsError(f"{path} does not hold the tensors that {index.name} says")
+            tensors |= part
+        return tensors
 
     def _read(self, file: str) -> tuple[Path, dict[str, Tensor]]:
         path = self.place.path(file)
@@ -125,7 +150,9 @@ def _find(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None
         repository = Repository(known.repo, known.revision, cache_dir, local_files_only)
         return _Place(repository=repository, sha256=known.sha256, facts=known.facts)
     if known is not None:
-        raise WeightsError(f"{known.name} is too big for the package, and is in clones alone: load its folder there")
+        others = [weights.name for weights in UPSTREAM if weights.name.startswith(known.name.partition(".")[0] + ".")]
+        hint = f", or {others[0]}, which is downloaded" if others else ""
+        raise WeightsError(f"{known.name} is too big for the package, and in clones alone: load its folder there{hint}")
     if str(name).startswith(PREFIX):
         return _Place(repository=Repository(*parse_reference(str(name)), cache_dir, local_files_only))
     path = Path(name)

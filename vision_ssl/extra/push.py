@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ..card import model_card
 from ..config import CONFIG_FILE
 from ..errors import DataError, MissingExtraError, WeightsError
-from ..locate import ENCODER_FILE, HEAD_FILE, file_hash, locate
+from ..locate import ENCODER_FILE, HEAD_FILE, INDEX_FILE, file_hash, locate
 from ..plots import curves
 from ..registry import WEIGHTS
 from ..remote import is_repo, one_line_errors
 from ..report import Report
+from ..storage import save_tensors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -90,13 +91,17 @@ def push_zoo(owner: str, *, private: bool = False, tag: str | None = None, dry_r
 
 def _collect(weights: Path, run: Path, repo: str, folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     """All files of the repository; those that are made for it go into `folder`."""
-    for name in (CONFIG_FILE, ENCODER_FILE):  # no name of a model either, which `locate` would take
-        if not (weights / name).is_file():
+    for names in ((CONFIG_FILE,), (ENCODER_FILE, INDEX_FILE)):  # no name of a model either, which `locate` would take
+        if not any((weights / name).is_file() for name in names):
             raise WeightsError(
-                f"run={str(run)!r} has no {name}: expected the directory of a run, or a folder of weights"
+                f"run={str(run)!r} has no {names[0]}: expected the directory of a run, or a folder of weights"
             )
-    hashes = locate(weights).card.get("sha256", {})
+    located = locate(weights)
+    hashes = located.card.get("sha256", {})
     files = {name: weights / name for name in (ENCODER_FILE, HEAD_FILE, CONFIG_FILE) if (weights / name).is_file()}
+    if ENCODER_FILE not in files:  # it is in several files: timm takes one
+        files[ENCODER_FILE] = folder / ENCODER_FILE
+        save_tensors(files[ENCODER_FILE], located.encoder()[1])
     for name, path in files.items():
         if name != CONFIG_FILE and file_hash(path) != hashes.get(name):
             raise WeightsError(
