@@ -49,7 +49,7 @@ class Arguments:
         tiny: Small batches and few steps: a rehearsal, whose figures mean nothing.
         steps: Steps of a training run that are timed, after as many that are not.
         only: Groups of rows whose names, such as `MAE ViT-S/8 at 64 px`, hold one of these; by default all.
-        profile: Print what the device spends its time on in each training, and save nothing.
+        profile: Print what processor and device spend their time on in each training, and save nothing.
         out: The JSON, whose other rows stay.
     """
 
@@ -80,12 +80,15 @@ def training(recipe: Recipe, device: torch.device, steps: int, compile: str) -> 
 
 
 def profiled(recipe: Recipe, device: torch.device, steps: int, compile: str) -> str:
-    """A table of kernels, those that take longest first, whose last line is the time of them all."""
-    activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
+    """Tables of what takes the processor and the GPU longest, and the time of a step: who waits for whom."""
+    activities = {"cpu": torch.profiler.ProfilerActivity.CPU}
+    if device.type == "cuda":
+        activities["cuda"] = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=list(activities.values()), acc_events=True) as profile:
         rates = training(recipe, device, steps, compile)
-    longest = profile.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25)
-    return f"{longest}\n{1000 * recipe.batch_size / max(rates):.2f} ms a step, of {2 * steps}"
+    means = profile.key_averages()
+    longest = [means.table(sort_by=f"self_{kind}_time_total", row_limit=25) for kind in activities]
+    return "\n".join([*longest, f"{1000 * recipe.batch_size / max(rates):.2f} ms a step, of {2 * steps}"])
 
 
 def rate(work: Callable[[], object], images: int, device: torch.device, repeats: int) -> list[float]:

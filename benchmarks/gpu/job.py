@@ -3,12 +3,10 @@
     python -m benchmarks.gpu.job simclr_resnet18 --data tiny-imagenet-200 --work work --out out --minutes 9
 
 What has to outlive a call lies in `--work`: decoded images and runs. Repeat the command until it says that the job is
-done; what is to be kept is then in `--out`, in parts that `pack.py` joins. `--tiny` rehearses a job on a CPU. Where
-the minutes are few, `--pilot` first tries a job's own settings, and `--fit 5` then trains the epochs that five minutes
-allow at the speed that was found.
+done; what is to be kept is then in `--out`, in parts that `pack.py` joins. `--tiny` rehearses a job on a CPU, and
+`--pilot` tries and compiles a job's settings on few images, while the others are still on their way.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -22,14 +20,12 @@ from pathlib import Path
 import tyro
 
 from benchmarks.gpu.pack import INDEX, split
-from vision_ssl import open_images
 from vision_ssl.config import CONFIG_FILE
 from vision_ssl.device import pick_device
 from vision_ssl.engine import FLUSH_STEPS
 from vision_ssl.errors import VisionSSLError
 from vision_ssl.hub import read_card
 from vision_ssl.pretrain import Run
-from vision_ssl.storage import save_json
 
 UNFINISHED = 3  # exit status of a call after which another one is needed
 SAVING = 0.5  # minutes that a training call keeps for its end
@@ -87,7 +83,7 @@ class Arguments:
         minutes: Of this call.
         epochs: Of the training, if not the job's own.
         pilot: Train for four epochs, to see whether it compiles and how fast it is.
-        fit: Train as many epochs as a pilot found to fit into so many minutes.
+        compile: As for `vision-ssl train`.
         measure: Measure what was trained; otherwise it is packed as it is, to be measured elsewhere.
         device: Where to compute.
         tiny: Rehearse: few images, small batches, one epoch.
@@ -102,7 +98,7 @@ class Arguments:
     minutes: float = 9.0
     epochs: int | None = None
     pilot: bool = False
-    fit: float | None = None
+    compile: str = "auto"
     measure: bool = True
     device: str = "auto"
     tiny: bool = False
@@ -148,24 +144,16 @@ def throughput(arguments: Arguments) -> None:
 
 
 def pilot(arguments: Arguments, job: Training) -> None:
-    """Train for four epochs, compiled if that works, and write down the speed of the last two."""
-    for compile in ("off",) if arguments.tiny else ("on", "off"):
-        out = arguments.work / f"pilot-{arguments.job}-{compile}"
-        shutil.rmtree(out, ignore_errors=True)
-        command = training(arguments, job, out)
-        try:
-            run(*command, *settings(arguments, job), "--epochs", 4, "--compile", compile, "--look-epochs", 0)
-        except subprocess.CalledProcessError as error:
-            print(f"compile {compile}: {error}", flush=True)
-            continue
-        lines = Run(out).metrics
-        block = min(FLUSH_STEPS, len(lines) // 2)  # steps between two at which the loop waits for the device
-        steady = lines[len(lines) // 2 // block * block : len(lines) // block * block]
-        speed = statistics.harmonic_mean(line["images_per_second"] for line in steady)
-        save_json(speed_file(arguments), {"images_per_second": speed, "compile": compile})
-        print(f"{arguments.job}, compile {compile}: {speed:,.0f} images/s", flush=True)
-        return
-    sys.exit(f"{arguments.job} does not train here")
+    """Train for four epochs; what is compiled stays. A long run is faster than what it says of the last two."""
+    out = arguments.work / f"pilot-{arguments.job}"
+    shutil.rmtree(out, ignore_errors=True)
+    how = [*settings(arguments, job), "--compile", arguments.compile]
+    run(*training(arguments, job, out), *how, "--epochs", 4, "--look-epochs", 0)
+    lines = Run(out).metrics
+    block = min(FLUSH_STEPS, len(lines) // 2)  # steps between two at which the loop waits for the device
+    steady = lines[len(lines) // 2 // block * block : len(lines) // block * block]
+    speed = statistics.harmonic_mean(line["images_per_second"] for line in steady)
+    print(f"{arguments.job}, compile {arguments.compile}: {speed:,.0f} images/s", flush=True)
 
 
 def train(arguments: Arguments, job: Training) -> None:
@@ -176,8 +164,8 @@ def train(arguments: Arguments, job: Training) -> None:
         if (out / "run.json").exists():
             epochs = Run(out).settings["recipe"]["epochs"]
         else:
-            epochs, compile = length(arguments, job)
-            how = [*settings(arguments, job), "--epochs", epochs, "--compile", compile]
+            epochs = 1 if arguments.tiny else arguments.epochs or job.epochs
+            how = [*settings(arguments, job), "--epochs", epochs, "--compile", arguments.compile]
         when = [*looks(max(1, epochs // LOOKS)), "--time-limit", max(0.1, arguments.left - SAVING)]
         run(*training(arguments, job, out), *when, *how)
     if not finished(out):
@@ -198,26 +186,6 @@ def training(arguments: Arguments, job: Training, out: Path) -> list[object]:
 def settings(arguments: Arguments, job: Training) -> list[object]:
     """The recipe of a job, in little if it is rehearsed."""
     return [*job.settings.split(), *(job.tiny.split() if arguments.tiny else []), "--seed", arguments.seed]
-
-
-def length(arguments: Arguments, job: Training) -> tuple[int, str]:
-    """How many epochs to train, the job's own, others, or those that fit; and whether to compile."""
-    if arguments.fit is not None and not 0 < arguments.fit < float("inf"):
-        sys.exit(f"fit={arguments.fit}: expected minutes above 0")
-    if arguments.fit is None:
-        return 1 if arguments.tiny else arguments.epochs or job.epochs, "auto"
-    if not speed_file(arguments).exists():
-        sys.exit(f"fit={arguments.fit:g} needs to know the speed: run the same command with --pilot first")
-    found = json.loads(speed_file(arguments).read_text())
-    size = Run(arguments.work / f"pilot-{arguments.job}-{found['compile']}").settings["recipe"]["image_size"]
-    images = len(open_images(arguments.data, size=size, cache_dir=arguments.work / "cache"))
-    epochs = max(1, int(60 * arguments.fit * found["images_per_second"] / images))
-    return epochs, found["compile"]
-
-
-def speed_file(arguments: Arguments) -> Path:
-    """What a pilot found."""
-    return arguments.work / f"pilot-{arguments.job}.json"
 
 
 def looks(epochs: int) -> list[object]:

@@ -1,12 +1,12 @@
-"""Several trainings where the minutes are few: compiled together, tried one by one, then trained in a row and packed.
+"""Several trainings where the minutes are few: compiled together, then trained in a row and packed.
 
-    python -m benchmarks.gpu.series simclr_resnet18=5 mae_vit_tiny=2 --data tiny-imagenet-200 --work work --out out
+    python -m benchmarks.gpu.series simclr_resnet18=70 mae_vit_tiny=30 --data tiny-imagenet-200 --work work --out out
 
-Minutes are those of the training itself; opening the images, loading what was compiled, and the looks at the encoder
-take up to one more for each job. Compiling takes processors and hardly a GPU, so that all jobs do it at once, on
-whatever images are there already: `--part` names a folder with some of them, and `--wait-for` a file that appears once
-they all are. The packed weights of a job are in its own folder under `--out`, as soon as it is trained; `pack.py join`
-makes a run of them, to be measured elsewhere. What happened when is in `progress.log` there.
+The epochs are those that the minutes allow at the speeds of `README.md`; nothing stops a training before its end.
+Compiling takes processors and hardly a GPU, so that all jobs do it at once, on whatever images are there already:
+`--part` names a folder with some of them, and `--wait-for` a file that appears once they all are. The packed weights of
+a job are in its own folder under `--out`, as soon as it is trained; `pack.py join` makes a run of them, to be measured
+elsewhere. What happened when is in `progress.log` there.
 """
 
 import re
@@ -22,6 +22,7 @@ import tyro
 from benchmarks.gpu.job import TRAININGS
 
 LOG = "progress.log"
+NO_LIMIT = 1000  # minutes
 
 
 @dataclass
@@ -29,11 +30,11 @@ class Arguments:
     """What to train, and where.
 
     Attributes:
-        jobs: `NAME=MINUTES` each.
+        jobs: `NAME=EPOCHS` each.
         data: As for a job.
         work: Folder that lasts from call to call.
         out: Folder for what is to be kept.
-        part: Images for the trials, by default `data`.
+        part: Images to compile with, by default `data`.
         wait_for: A file without which no training begins.
         device: Where to compute.
         tiny: Rehearse.
@@ -49,18 +50,18 @@ class Arguments:
     tiny: bool = False
 
 
-def parsed(jobs: tuple[str, ...]) -> dict[str, float]:
-    """Minutes of each job.
+def parsed(jobs: tuple[str, ...]) -> dict[str, int]:
+    """Epochs of each job.
 
     Raises:
-        SystemExit: One of them is not `NAME=MINUTES`.
+        SystemExit: One of them is not `NAME=EPOCHS`.
     """
     found = {}
     for job in jobs:
-        name, _, minutes = job.partition("=")
-        if name not in TRAININGS or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", minutes):
-            sys.exit(f"jobs={job!r}: expected NAME=MINUTES, with one of {', '.join(TRAININGS)}")
-        found[name] = float(minutes)
+        name, _, epochs = job.partition("=")
+        if name not in TRAININGS or not re.fullmatch("[1-9][0-9]*", epochs):
+            sys.exit(f"jobs={job!r}: expected NAME=EPOCHS, with one of {', '.join(TRAININGS)}")
+        found[name] = int(epochs)
     return found
 
 
@@ -76,7 +77,7 @@ def start(arguments: Arguments, name: str, *options: object, data: str, work: Pa
 
 
 def main(arguments: Arguments) -> None:
-    """Compile, try, train, pack; a job that fails does not stop the others."""
+    """Compile, train, pack; a job that fails does not stop the others."""
     jobs, part = parsed(arguments.jobs), arguments.part or arguments.data
     arguments.out.mkdir(parents=True, exist_ok=True)
 
@@ -84,15 +85,18 @@ def main(arguments: Arguments) -> None:
         with (arguments.out / LOG).open("a") as log:
             print(time.strftime("%H:%M:%S"), *words, file=log)
 
-    first = {name: start(arguments, name, "--pilot", data=part, work=arguments.work / f"first-{name}") for name in jobs}
+    compile = "off" if arguments.tiny else "on"
+    work = {name: arguments.work / f"first-{name}" for name in jobs}  # apart, since they run at the same time
+    first = {name: start(arguments, name, "--pilot", "--compile", compile, data=part, work=work[name]) for name in jobs}
+    works = {}
     for name, process in first.items():
-        say("compiled", name, process.wait())
-    for name in jobs:
-        say("tried", name, start(arguments, name, "--pilot", data=part, work=arguments.work).wait())
+        works[name] = process.wait() == 0
+        say("compiled" if works[name] else "not compiled", name)
     while arguments.wait_for is not None and not arguments.wait_for.exists():
         time.sleep(0.5)
-    for name, minutes in jobs.items():
-        options = ("--fit", minutes, "--minutes", 1.2 * minutes + 2, "--no-measure")
+    for name, epochs in jobs.items():
+        how = ("--epochs", epochs, "--compile", compile if works[name] else "off")
+        options = (*how, "--minutes", NO_LIMIT, "--no-measure")
         say("trained", name, start(arguments, name, *options, data=arguments.data, work=arguments.work).wait())
     say("done")
 
