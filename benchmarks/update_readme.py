@@ -102,7 +102,7 @@ def reproduced_tables(folder: Path = REPRODUCED) -> str:
     for record in records:
         for classes in dict.fromkeys(score["classes"] for score in record["scores"]):
             found = {score["protocol"]: score for score in record["scores"] if score["classes"] == classes}
-            figures = [spread(found.get(protocol, {}).get(figure, []), figure) for _, protocol, figure in SCORES]
+            figures = [score_shown(found.get(protocol), figure) for _, protocol, figure in SCORES]
             fitted = f"{found['linear']['n_train']:,}"
             scores.append([f"`{record['model']['name']}`", record["data"], str(classes), fitted, *figures])
     quoted = [
@@ -161,6 +161,16 @@ def shown(value: object, pattern: str) -> str:
 def minutes(value: float) -> str:
     """Minutes, in the unit that fits."""
     return f"{60 * value:.0f} s" if value < 2 else f"{value:.1f} min" if value < 120 else f"{value / 60:.1f} h"
+
+
+def score_shown(score: dict[str, Any] | None, figure: str) -> str:
+    """A figure of a protocol; fine-tuning has epochs and images of its own."""
+    if score is None:
+        return "-"
+    value = spread(score[figure], figure)
+    if score["protocol"] != "finetune":
+        return value
+    return f"{value} ({score['settings'][0]['epochs_done']} epochs of {score['n_train']:,} images)"
 
 
 def spread(values: Sequence[float], figure: str) -> str:
