@@ -55,7 +55,7 @@ cache
 decode
 checkpoint
 storage
-cpu distributed device logistic optim spread
+cpu distributed device logistic optim signals spread
 options
 presets
 errors

@@ -515,6 +515,30 @@ def test_an_estimate_changes_nothing(tmp_path: Path) -> None:
     assert_same(state(tmp_path / "tried"), state(tmp_path / "not"))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes. Error code 12"),
+    ],
+)
+def test_what_is_too_large_for_the_memory_is_refused(tmp_path: Path, error: RuntimeError) -> None:
+    def too_large(images: Tensor) -> None:
+        raise error
+
+    trainer = make(tmp_path, Tiny(on_batch=too_large))
+    with pytest.raises(RecipeError, match=r"^batch_size=4 in micro-batches of 4 does not fit into the memory of cpu"):
+        trainer.estimate()
+
+
+def test_other_errors_of_torch_are_its_own(tmp_path: Path) -> None:
+    def broken(images: Tensor) -> None:
+        raise RuntimeError("The size of tensor a (3) must match")
+
+    with pytest.raises(RuntimeError, match=r"^The size of tensor a"):
+        make(tmp_path, Tiny(on_batch=broken)).estimate()
+
+
 def test_a_batch_larger_than_the_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"batch_size=20 is larger than the data set of 18 images: .* valid is 18"):
         make(tmp_path, Tiny(batch_size=20))

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -422,9 +423,17 @@ def test_what_was_resolved_is_announced(tmp_path: Path, capsys: pytest.CaptureFi
         "adamw, learning rate 0.0005 = 0.016 x 8 / 256; linear for 0.5 epochs, then cosine"
     )
     assert announced["device"] == "cpu, fp32"
-    assert "s a step" in announced["estimate"]
+    assert re.fullmatch(r"\d+\.\d minutes, at \d+\.\d\d s a step(; \d+\.\d GiB of memory)?", announced["estimate"])
     assert announced["out"] == str(tmp_path / "run")
     assert "warning" not in announced
+
+
+def test_the_estimate_of_a_compiled_run_says_that_it_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **_: None)  # which would take a minute
+    train(MAE_RECIPE, tmp_path / "run", PIXELS, compile="on", time_limit=0, look_epochs=0)
+    assert "s a step, less once it is compiled" in capsys.readouterr().err
 
 
 def test_a_resumed_run_announces_what_is_done(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:

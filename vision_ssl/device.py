@@ -101,6 +101,11 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the system, had no room: torch has a name for the first alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A float32 vector on the device, sent there once: each transfer from the host would wait for the device."""
     if torch.compiler.is_compiling():  # it becomes part of what is compiled

@@ -3,14 +3,11 @@
 import copy
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,10 +18,11 @@ from tqdm import tqdm
 from .augment import Draws
 from .checkpoint import load_checkpoint, save_checkpoint
 from .cpu import use_fast_kernels
-from .device import brought_near, fastest_convolutions, peak_memory
+from .device import brought_near, fastest_convolutions, is_out_of_memory, peak_memory
 from .distributed import any_rank, gather, rank, world_size
 from .errors import CheckpointError, RecipeError, TrainingError
 from .optim import build_optimizer, schedule_factor
+from .signals import stop_signals
 from .storage import save_text
 
 if TYPE_CHECKING:
@@ -113,30 +111,6 @@ def _not_finite(what: str, step: int, lr: float) -> TrainingError:
     )
 
 
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that the loop can stop between two steps.
-
-    A second Ctrl-C interrupts at once.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGINT:  # supervisors may well send SIGTERM twice
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Trainer:
     """One run of one model on one set of images.
 
@@ -201,8 +175,9 @@ class Trainer:
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             self._parallel = DistributedDataParallel(self.model)
         worth_it = device.type == "cuda" and self.progress.steps >= COMPILE_STEPS
+        self.compiled = compile == "on" or (compile == "auto" and worth_it)
         self._augment = recipe.augment
-        if compile == "on" or (compile == "auto" and worth_it):
+        if self.compiled:
             self.model.compile(dynamic=False)  # a step has always the same shapes: kernels for any are slower
             if device.type != "cpu":  # which chooses rows to work on: each choice would end a graph
                 self._augment = torch.compile(recipe.augment, dynamic=False)
@@ -223,7 +198,7 @@ class Trainer:
         self.metrics.rewind(self.progress.step)
 
     def estimate(self) -> tuple[float, int | None]:
-        """Try two micro-batches on a copy of the model, so that nothing of the run changes.
+        """Try two micro-batches on a copy of the model, not compiled, so that nothing of the run changes.
 
         Returns:
             Seconds a step, and the peak of memory in bytes: the GPU's on CUDA, otherwise the process's where the
@@ -240,10 +215,12 @@ class Trainer:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - began
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise RecipeError(
                 f"batch_size={self.recipe.batch_size} in micro-batches of {self.micro_size} does not fit into the "
-                f"memory of {self.device}: expected a smaller batch_size, or a larger accumulate"
+                f"memory of {self.device}: expected a smaller batch_size, smaller views, or a larger accumulate"
             ) from error
         return seconds * self.recipe.accumulate, peak_memory(self.device)
 

@@ -231,7 +231,8 @@ def _announce(
         "learning": f"{recipe.optimizer}, learning rate {recipe.lr:.3g} = {recipe.base_lr:.3g} x "
         f"{recipe.batch_size} / 256; {warmup}{recipe.schedule}",
         "device": f"{trainer.device}, {'bf16' if trainer.bf16 else 'fp32'}",
-        "estimate": f"{left}, at {seconds:.2f} s a step" + (f"; {memory / 2**30:.1f} GiB of memory" if memory else ""),
+        "estimate": f"{left}, at {seconds:.2f} s a step{', less once it is compiled' if trainer.compiled else ''}"
+        + (f"; {memory / 2**30:.1f} GiB of memory" if memory else ""),
         "out": str(run.directory),
     }
     if (losses := expected_loss(recipe)) is not None:
