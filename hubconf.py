@@ -28,7 +28,7 @@ def mae_vit_small(**options: _Any) -> _Any:
 
 
 def mae_vit_base(**options: _Any) -> _Any:
-    """MAE ViT-Base/16 of its authors, for 224 px images, features (B, 768), CC-BY-NC-4.0; options as above."""
+    """MAE ViT-Base/8 for 64 px images, features (B, 768); options as for `vision_ssl.load`."""
     return vision_ssl.load("mae_vit_base", **options)
 
 

@@ -16,8 +16,8 @@ class Weights:
     Attributes:
         name: `architecture.tag`, such as `simclr_resnet18.tiny_imagenet`.
         summary: What it is, in a line.
-        sha256: File name to hash, for each file of tensors. A downloaded file that is not listed is checked against
-            the hash that the Hub itself announces.
+        sha256: File name to hash, for each file of tensors, and for the index of an encoder in several. A downloaded
+            file that is not listed is checked against the hash that the Hub itself announces.
         repo: Its repository on the Hub, `owner/name`; empty where there is none.
         revision: The commit of `repo` that this is.
         facts: The card of weights whose `config.json` has none, since others published them.
@@ -96,6 +96,16 @@ WEIGHTS: tuple[Weights, ...] = (
         {
             "model.safetensors": "8731d7e69bd17bac3d9f96b4c6804fb777cf017421ffb747bab72b74bc61f526",
             "head.safetensors": "5cf7590fae090291d13908239d7f415f532d9ff75077d234a07a4477b89b32d3",
+        },
+    ),
+    Weights(
+        "mae_vit_base.tiny_imagenet",
+        "MAE, ViT-Base with patches of 8 px, 64 px, 62 epochs of Tiny ImageNet; in a clone alone",
+        {
+            "model.safetensors.index.json": "f87d7fb4b4395097748e3b9ac44a181670e684f325688c32a6f32bed85aa6a8b",
+            "model-00001-of-00002.safetensors": "c887221b72df774d4bb6d92e6c4591b9147228ca22acd86905a2074a8a7a337d",
+            "model-00002-of-00002.safetensors": "8c11c5cd579678ce7325f844e93d07765d09cbc9dd8c64024e17fe5b04186db2",
+            "head.safetensors": "7ce23eebd387fa14d6a1d98c99022bc20b4ad4cf68e8e0be9ba2c92ab48c02c8",
         },
     ),
 )

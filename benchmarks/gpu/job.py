@@ -30,7 +30,7 @@ from vision_ssl.pretrain import Run
 UNFINISHED = 3  # exit status of a call after which another one is needed
 SAVING = 0.5  # minutes that a training call keeps for its end
 BATCH = 4  # parts that leave with a call
-LOOKS = 6  # at the encoder while it is trained; each is kept for the probe curve
+KEPT = 6  # encoders of a training, for the probe curve
 TINY_DATA = "fashion-mnist-mini"
 
 
@@ -128,7 +128,18 @@ def smoke(arguments: Arguments) -> None:
         out = arguments.work / f"smoke-{method}"
         if (out / "results").exists():
             continue
-        train = ["-m", "vision_ssl", "train", method, TINY_DATA, "--out", out, "--device", arguments.device, *looks(5)]
+        train = [
+            "-m",
+            "vision_ssl",
+            "train",
+            method,
+            TINY_DATA,
+            "--out",
+            out,
+            "--device",
+            arguments.device,
+            *looks(10, keep=5),
+        ]
         shutil.rmtree(out, ignore_errors=True)
         compile = "off" if arguments.tiny else "on"
         run(*train, *options.split(), "--epochs", 10, "--compile", compile, "--time-limit", 0)
@@ -166,7 +177,7 @@ def train(arguments: Arguments, job: Training) -> None:
         else:
             epochs = 1 if arguments.tiny else arguments.epochs or job.epochs
             how = [*settings(arguments, job), "--epochs", epochs, "--compile", arguments.compile]
-        when = [*looks(max(1, epochs // LOOKS)), "--time-limit", max(0.1, arguments.left - SAVING)]
+        when = [*looks(epochs, keep=max(1, epochs // KEPT)), "--time-limit", max(0.1, arguments.left - SAVING)]
         run(*training(arguments, job, out), *when, *how)
     if not finished(out):
         unfinished("training")
@@ -188,9 +199,9 @@ def settings(arguments: Arguments, job: Training) -> list[object]:
     return [*job.settings.split(), *(job.tiny.split() if arguments.tiny else []), "--seed", arguments.seed]
 
 
-def looks(epochs: int) -> list[object]:
-    """What a resumed run has to be told again: how often to look at the encoder, and to keep it."""
-    return ["--look-epochs", epochs, "--keep-epochs", epochs]
+def looks(epochs: int, *, keep: int) -> list[object]:
+    """What a resumed run has to be told again: how often to look at the encoder, which takes 12 s, and to keep it."""
+    return ["--look-epochs", epochs, "--keep-epochs", keep]
 
 
 def finished(out: Path) -> bool:
