@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict
 
 from vision_ssl.config import CONFIG_FILE
-from vision_ssl.locate import ENCODER_FILE, INDEX_FILE, file_hash
+from vision_ssl.locate import ENCODER_FILE, file_hash
 from vision_ssl.registry import CLONED, PACKAGED
-from vision_ssl.storage import load_tensors, save_json, save_tensors
+from vision_ssl.storage import load_tensors, save_json
 
 LARGEST = 90_000_000  # bytes of a file of weights; GitHub refuses more than 100 MiB
 STEPS = 2000  # of a run whose metrics are packaged, at most: enough for its curves
@@ -72,13 +72,14 @@ def main(arguments: Arguments) -> None:
 
 
 def sharded(path: Path, target: Path, most: int) -> dict[str, str]:
-    """Divide a file of tensors among several of at most so many bytes, beside an index; their hashes by name."""
+    """Divide an encoder's file among several in a folder, of at most so many bytes each, beside an index.
+
+    Returns:
+        The hash of each file, the index too, by name.
+    """
     tensors, _ = load_tensors(path)
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=most)
-    for file, names in plan.filename_to_tensors.items():
-        save_tensors(target / file, {name: tensors[name] for name in names})
-    save_json(target / INDEX_FILE, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
-    return {file: file_hash(target / file) for file in (INDEX_FILE, *plan.filename_to_tensors)}
+    save_torch_state_dict(tensors, target, max_shard_size=most)  # in place of what is there of an encoder
+    return {file.name: file_hash(file) for file in sorted(target.glob("model*.safetensors*"))}
 
 
 def thinned(metrics: str) -> str:

@@ -84,7 +84,7 @@ def profiled(recipe: Recipe, device: torch.device, steps: int, compile: str) -> 
     activities = {"cpu": torch.profiler.ProfilerActivity.CPU}
     if device.type == "cuda":
         activities["cuda"] = torch.profiler.ProfilerActivity.CUDA
-    with torch.profiler.profile(activities=list(activities.values()), acc_events=True) as profile:
+    with torch.profiler.profile(activities=list(activities.values())) as profile:
         rates = training(recipe, device, steps, compile)
     means = profile.key_averages()
     longest = [means.table(sort_by=f"self_{kind}_time_total", row_limit=25) for kind in activities]

@@ -110,7 +110,7 @@ def test_an_encoder_in_several_files_is_pushed_as_one(
     whole = folder / "model.safetensors"
     content = whole.read_bytes()
     sharded(whole, folder, len(content) // 3)
-    whole.unlink()
+    assert not whole.exists()
     code = "from pathlib import Path\nfrom vision_ssl.extra.push import push\nresult = push(Path(folder), repo).url"
     author.run(code, folder=folder, repo="me/one")
     pushed = latest(server, "me/one")

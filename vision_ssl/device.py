@@ -103,7 +103,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the system, had no room: torch has a name for the first alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:

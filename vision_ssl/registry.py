@@ -102,9 +102,9 @@ WEIGHTS: tuple[Weights, ...] = (
         "mae_vit_base.tiny_imagenet",
         "MAE, ViT-Base with patches of 8 px, 64 px, 62 epochs of Tiny ImageNet; in a clone alone",
         {
-            "model.safetensors.index.json": "f87d7fb4b4395097748e3b9ac44a181670e684f325688c32a6f32bed85aa6a8b",
             "model-00001-of-00002.safetensors": "c887221b72df774d4bb6d92e6c4591b9147228ca22acd86905a2074a8a7a337d",
             "model-00002-of-00002.safetensors": "8c11c5cd579678ce7325f844e93d07765d09cbc9dd8c64024e17fe5b04186db2",
+            "model.safetensors.index.json": "6045d0d0351f67916361e903fc84894af6c03658675872d288833ef570bb8f57",
             "head.safetensors": "7ce23eebd387fa14d6a1d98c99022bc20b4ad4cf68e8e0be9ba2c92ab48c02c8",
         },
     ),

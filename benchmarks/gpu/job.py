@@ -128,18 +128,8 @@ def smoke(arguments: Arguments) -> None:
         out = arguments.work / f"smoke-{method}"
         if (out / "results").exists():
             continue
-        train = [
-            "-m",
-            "vision_ssl",
-            "train",
-            method,
-            TINY_DATA,
-            "--out",
-            out,
-            "--device",
-            arguments.device,
-            *looks(10, keep=5),
-        ]
+        where = ["--out", out, "--device", arguments.device]
+        train = ["-m", "vision_ssl", "train", method, TINY_DATA, *where, *looks(10, keep=5)]
         shutil.rmtree(out, ignore_errors=True)
         compile = "off" if arguments.tiny else "on"
         run(*train, *options.split(), "--epochs", 10, "--compile", compile, "--time-limit", 0)
@@ -155,7 +145,7 @@ def throughput(arguments: Arguments) -> None:
 
 
 def pilot(arguments: Arguments, job: Training) -> None:
-    """Train for four epochs; what is compiled stays. A long run is faster than what it says of the last two."""
+    """Train for four epochs, and say how fast the last two were; what is compiled stays."""
     out = arguments.work / f"pilot-{arguments.job}"
     shutil.rmtree(out, ignore_errors=True)
     how = [*settings(arguments, job), "--compile", arguments.compile]
@@ -200,7 +190,7 @@ def settings(arguments: Arguments, job: Training) -> list[object]:
 
 
 def looks(epochs: int, *, keep: int) -> list[object]:
-    """What a resumed run has to be told again: how often to look at the encoder, which takes 12 s, and to keep it."""
+    """What a resumed run has to be told again: how often the device waits for a look at the encoder, or to keep it."""
     return ["--look-epochs", epochs, "--keep-epochs", keep]
 
 

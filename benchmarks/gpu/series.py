@@ -86,16 +86,19 @@ def main(arguments: Arguments) -> None:
             print(time.strftime("%H:%M:%S"), *words, file=log)
 
     compile = "off" if arguments.tiny else "on"
-    work = {name: arguments.work / f"first-{name}" for name in jobs}  # apart, since they run at the same time
-    first = {name: start(arguments, name, "--pilot", "--compile", compile, data=part, work=work[name]) for name in jobs}
-    works = {}
-    for name, process in first.items():
-        works[name] = process.wait() == 0
-        say("compiled" if works[name] else "not compiled", name)
+    pilots = {
+        # In folders of their own: they decode the same images at the same time.
+        name: start(arguments, name, "--pilot", "--compile", compile, data=part, work=arguments.work / f"pilot-{name}")
+        for name in jobs
+    }
+    compiled = {}
+    for name, process in pilots.items():
+        compiled[name] = process.wait() == 0
+        say("compiled" if compiled[name] else "not compiled", name)
     while arguments.wait_for is not None and not arguments.wait_for.exists():
         time.sleep(0.5)
     for name, epochs in jobs.items():
-        how = ("--epochs", epochs, "--compile", compile if works[name] else "off")
+        how = ("--epochs", epochs, "--compile", compile if compiled[name] else "off")
         options = (*how, "--minutes", NO_LIMIT, "--no-measure")
         say("trained", name, start(arguments, name, *options, data=arguments.data, work=arguments.work).wait())
     say("done")
