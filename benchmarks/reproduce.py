@@ -129,7 +129,7 @@ def further_reports(train: Features, val: Features, seeds: int, device: torch.de
             [fewshot(train, val, protocol="fewshot-5")],
             [retrieval(train, val)],
             [cluster(val)],
-            [resubstitution(val)],
+            [resubstitution(val, device=device)],
         ]
 
 

@@ -13,7 +13,7 @@ from vision_ssl.device import brought_ahead
 from vision_ssl.encoders import resolve_encoder
 from vision_ssl.engine import Trainer
 from vision_ssl.hub import attach
-from vision_ssl.probe import linear
+from vision_ssl.probe import linear, resubstitution
 from vision_ssl.recipes import Recipe
 
 ASKED = os.environ.get("VISION_SSL_TEST_DEVICE")
@@ -80,7 +80,8 @@ def test_training_learns_stops_and_resumes(
     torch.testing.assert_close(torch.tensor(again), torch.tensor(losses), rtol=0, atol=0.01)
 
 
-def test_a_linear_probe_is_that_of_a_cpu() -> None:
+@pytest.mark.filterwarnings("ignore:resubstitution")
+def test_linear_probes_are_those_of_a_cpu() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(600) % 6
     centres = torch.randn(6, 40, generator=generator)
@@ -94,5 +95,8 @@ def test_a_linear_probe_is_that_of_a_cpu() -> None:
     train, val = features(slice(0, 400)), features(slice(400, 600))
     found, expected = linear(train, val, device=DEVICE), linear(train, val)
     assert found.settings["l2"] == expected.settings["l2"]
+    assert abs(found.accuracy - expected.accuracy) <= 1
+    assert found.train_loss == pytest.approx(expected.train_loss, abs=1e-3)
+    found, expected = resubstitution(train, device=DEVICE), resubstitution(train)
     assert abs(found.accuracy - expected.accuracy) <= 1
     assert found.train_loss == pytest.approx(expected.train_loss, abs=1e-3)

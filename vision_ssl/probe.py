@@ -6,7 +6,8 @@ fitted on: it shows how well a classifier memorises, not how good the features a
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -59,11 +60,9 @@ def linear(train: Features, val: Features, *, device: str | torch.device | None 
     """
     labels = check_pair(train, val)
     n_classes = len(train.classes)
-    features = train.features.to(device) if torch.device(device or "cpu").type == "cuda" else train.features
-    with torch.autocast(features.device.type, enabled=False):  # the caller's is for the encoder
+    with _solver(train.features, device) as features:
         settings = choose_l2(features, labels, n_classes, seed)
-        fitted = logistic_regression(features, labels, n_classes, settings["l2"])
-    classifier = Classifier(*(tensor.cpu() for tensor in fitted))
+        classifier = logistic_regression(features, labels, n_classes, settings["l2"])
     return _linear_report("linear", classifier, train, val, settings, seed)
 
 
@@ -100,7 +99,7 @@ def linear_sgd(
     return _linear_report(probe.protocol, classifier, train, val, settings, seed)
 
 
-def resubstitution(features: Features, *, seed: int = 0) -> Report:
+def resubstitution(features: Features, *, device: str | torch.device | None = None, seed: int = 0) -> Report:
     """Fit a linear classifier and score it on the very same images: a training accuracy.
 
     It exists to compare with work that reports such figures. The classifier is that of `linear`, with a penalty
@@ -108,6 +107,7 @@ def resubstitution(features: Features, *, seed: int = 0) -> Report:
 
     Args:
         features: Features to fit and score on, with labels.
+        device: Where the solver works, as in `linear`.
         seed: Of the bootstrap.
 
     Raises:
@@ -123,7 +123,8 @@ def resubstitution(features: Features, *, seed: int = 0) -> Report:
     )
     labels = check_fit(features, "features")
     settings = {"l2": MEMORISING_L2}
-    classifier = logistic_regression(features.features, labels, len(features.classes), settings["l2"])
+    with _solver(features.features, device) as near:
+        classifier = logistic_regression(near, labels, len(features.classes), settings["l2"])
     return _linear_report(RESUBSTITUTION, classifier, features, features, settings, seed)
 
 
@@ -206,8 +207,8 @@ def evaluate(
         return extract(encoder, source, pooling=pooling, layers=layers, device=device)
 
     if protocol in ("cluster", RESUBSTITUTION):
-        measure = cluster if protocol == "cluster" else resubstitution
-        found = measure(features("train" if val is None else "val"), seed=seed)
+        alone = features("train" if val is None else "val")
+        found = cluster(alone, seed=seed) if protocol == "cluster" else resubstitution(alone, device=device, seed=seed)
     elif protocol in ("knn", "retrieval"):
         splits: list[Split] = [split for split, source in given.items() if source is not None] or ["val"]
         parts = [features(split) for split in splits]
@@ -280,10 +281,19 @@ def _linear_on_crops(
     return _linear_report(probe.protocol, classifier, train, val, settings, seed)
 
 
+@contextmanager
+def _solver(features: Tensor, device: str | torch.device | None) -> Iterator[Tensor]:
+    """Features where logistic regression is to be solved, without the caller's autocast, which is for the encoder."""
+    near = features.to(device) if torch.device(device or "cpu").type == "cuda" else features
+    with torch.autocast(near.device.type, enabled=False):
+        yield near
+
+
 def _linear_report(
     protocol: str, classifier: Classifier, train: Features, val: Features, settings: dict[str, Any], seed: int
 ) -> Report:
     labels, targets = cast(Tensor, train.labels), cast(Tensor, val.labels)
+    classifier = Classifier(*(tensor.cpu() for tensor in classifier))  # where all features are
     logits = classifier.logits(val.features)
     return report(
         protocol,
