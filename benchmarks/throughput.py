@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vision_ssl import MAE, SimCLR, extract, open_images
 from vision_ssl.augment import Draws
 from vision_ssl.device import fastest_convolutions, native_bf16, pick_device
 from vision_ssl.encoders import resolve_encoder
+from vision_ssl.features import BATCH
 from vision_ssl.hub import attach
 from vision_ssl.optim import build_optimizer
 from vision_ssl.pretrain import commit_of_package, describe_machine
@@ -49,7 +51,7 @@ class Arguments:
         tiny: Small batches and few steps: a rehearsal, whose figures mean nothing.
         steps: Steps of a training run that are timed, after as many that are not.
         only: Groups of rows whose names, such as `MAE ViT-S/8 at 64 px`, hold one of these; by default all.
-        profile: Print what processor and device spend their time on in each training, and save nothing.
+        profile: Print what processor and device spend their time on in each group, and save nothing.
         out: The JSON, whose other rows stay.
     """
 
@@ -79,16 +81,16 @@ def training(recipe: Recipe, device: torch.device, steps: int, compile: str) -> 
     return [recipe.batch_size * part / sum(seconds[at : at + part]) for at in range(0, part * ROUNDS, part)]
 
 
-def profiled(recipe: Recipe, device: torch.device, steps: int, compile: str) -> str:
-    """Tables of what takes the processor and the GPU longest, and the time of a step: who waits for whom."""
+def profiled(work: Callable[[], list[float]], batch: int, device: torch.device) -> str:
+    """Tables of what takes the processor and the GPU longest, and the time of a batch: who waits for whom."""
     activities = {"cpu": torch.profiler.ProfilerActivity.CPU}
     if device.type == "cuda":
         activities["cuda"] = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=list(activities.values())) as profile:
-        rates = training(recipe, device, steps, compile)
+        rates = work()
     means = profile.key_averages()
     longest = [means.table(sort_by=f"self_{kind}_time_total", row_limit=25) for kind in activities]
-    return "\n".join([*longest, f"{1000 * recipe.batch_size / max(rates):.2f} ms a step, of {2 * steps}"])
+    return "\n".join([*longest, f"{1000 * batch / max(rates):.2f} ms for {batch:,} images"])
 
 
 def rate(work: Callable[[], object], images: int, device: torch.device, repeats: int) -> list[float]:
@@ -159,15 +161,11 @@ def augmentation(recipe: Recipe, device: torch.device, repeats: int, compile: st
 
 
 def features(device: torch.device, count: int) -> list[float]:
-    """Images a second of `extract`, for ViT-S/16 at 224 px."""
-    encoder = attach(resolve_encoder("vit_small", image_size=224).build(), 224, 3, card={}).to(device)
+    """Images a second of `extract`, for ViT-S/16 at 224 px, with weights in bfloat16 where that is fast."""
+    encoder = attach(resolve_encoder("vit_small", image_size=224).build(), 224, 3, card={})
+    encoder.to(device, torch.bfloat16 if native_bf16(device) else torch.float32)
     images = open_images(random_pixels(count, 224), size=224)  # here, since it hashes them
-
-    def work() -> object:
-        with torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
-            return extract(encoder, images, device=device)
-
-    return rate(work, count, device, 1)
+    return rate(lambda: extract(encoder, images, device=device), count, device, 1)
 
 
 def main(arguments: Arguments) -> None:
@@ -195,11 +193,15 @@ def main(arguments: Arguments) -> None:
     def wanted(work: str) -> bool:
         return not arguments.only or any(part in work for part in arguments.only)
 
-    groups = [*([] if arguments.profile else [FEATURES]), *TRAINING]
+    groups = [FEATURES, *TRAINING]
     if not any(map(wanted, groups)):
         raise SystemExit(f"only={arguments.only} fits no row: expected parts of {', '.join(groups)}")
-    if wanted(FEATURES) and not arguments.profile:
-        add(FEATURES, features(device, 4 if arguments.tiny else 8192), asked_for=FEATURES_ASKED)
+    if wanted(FEATURES):
+        count = 4 if arguments.tiny else 8192
+        if arguments.profile:
+            print(f"{FEATURES}\n{profiled(partial(features, device, count), min(BATCH, count), device)}", flush=True)
+        else:
+            add(FEATURES, features(device, count), asked_for=FEATURES_ASKED)
     for name, (full, ceiling, asked) in TRAINING.items():
         if not wanted(name):
             continue
@@ -209,7 +211,8 @@ def main(arguments: Arguments) -> None:
         )
         if arguments.profile:
             for kind, own in kinds.items():
-                print(f"{name}, {kind}\n{profiled(own, device, steps, compile)}", flush=True)
+                run = partial(training, own, device, steps, compile)
+                print(f"{name}, {kind}\n{profiled(run, own.batch_size, device)}", flush=True)
             continue
         for kind, own in kinds.items():
             rates = training(own, device, steps, compile)

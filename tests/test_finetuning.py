@@ -110,6 +110,12 @@ def test_in_place_the_module_itself_is_trained() -> None:
     assert report.train_accuracy == pytest.approx(100 * float(hits.double().mean()))
 
 
+def test_weights_in_bfloat16_are_trained_in_float32() -> None:
+    module = encoder().bfloat16()
+    tune(module, in_place=True)
+    assert {weights.dtype for weights in module.parameters()} == {torch.float32}
+
+
 def test_a_step_is_that_of_torchs_own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step on the whole training set, whose views are the images as they are."""
     monkeypatch.setattr(finetuning, "view", lambda images, preprocess, draws, *, erase: preprocess.normalise(images))

@@ -125,3 +125,18 @@ def test_what_is_refused() -> None:
         evaluate(vit, train=features, val=images(2), pooling="choose")
     with pytest.raises(DataError, match=r"val: features, which are pooled already: .* for pooling='token'"):
         evaluate(vit, train=images(2), val=features, pooling="token")
+
+
+@pytest.mark.filterwarnings("ignore:linear-sgd-simclr")  # few images
+@pytest.mark.parametrize("name", ["vit_tiny", "resnet18"])
+def test_an_encoder_in_bfloat16_takes_images_as_any_other(name: str) -> None:
+    train, val = images(1, 20), images(2, 20)
+    exact, rough = encoder(name), encoder(name).bfloat16()
+    features = extract(rough, train).features
+    assert features.dtype == torch.float32
+    assert torch.cosine_similarity(features, extract(exact, train).features).min() > 0.999
+    ways: list[dict[str, Any]] = [{"protocol": "linear-sgd-simclr"}, {"protocol": "attentive"}]
+    if name == "vit_tiny":
+        ways += [{"pooling": "both", "layers": 2}, {"pooling": "choose"}]
+    for way in ways:
+        assert evaluate(rough, train=train, val=val, **way).accuracy > 34  # chance is 33

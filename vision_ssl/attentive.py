@@ -16,6 +16,7 @@ from .features import evaluating, images_for
 from .logistic import hold_out
 from .optim import schedule_factor
 from .pairs import check_pair, in_top, report
+from .pooling import like_weights
 from .report import Report
 
 SCORED = 256  # images at a time
@@ -143,7 +144,8 @@ class _Tokens:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Tokens (B, N, D) of uint8 images (B, C, S, S)."""
         encoder: Any = self.encoder
-        states: Tensor = encoder.forward_features(self.preprocess.normalise(pixels.to(self.device)))
+        images = like_weights(encoder, self.preprocess.normalise(pixels.to(self.device)))
+        states: Tensor = encoder.forward_features(images).float()
         return states.flatten(2).mT if states.ndim == 4 else states[:, encoder.num_prefix_tokens :]
 
 

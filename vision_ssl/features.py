@@ -148,8 +148,8 @@ def extract(
 ) -> Features:
     """Run a frozen encoder over a source of images.
 
-    The encoder works in eval mode and is then left as it was. It computes in its own precision; for less, call
-    this inside `torch.autocast`.
+    The encoder works in eval mode and is then left as it was. It computes in its own precision, such as bfloat16 after
+    `load(..., dtype=torch.bfloat16)`; or call this inside `torch.autocast`.
 
     Args:
         encoder: Takes float32 (B, C, S, S) and returns (B, D). Its `preprocess` says which size and channels it

@@ -56,7 +56,8 @@ def finetune(
 ) -> Report:
     """Train an encoder and a new linear head together on labelled images, and score them once on others.
 
-    It computes in bfloat16 where the device does so natively. What is random depends on the seed, and on the device.
+    It computes in bfloat16 where the device does so natively; the weights are float32. What is random depends on the
+    seed, and on the device.
 
     Args:
         encoder: A timm module with a `preprocess`, as `load` returns it, or what `load` takes.
@@ -95,7 +96,7 @@ def finetune(
     with torch.random.fork_rng([where] if where.type == "cuda" else []), fastest_convolutions():
         torch.manual_seed(seed)
         model = with_head(module if in_place else copy.deepcopy(module), len(train_images.classes), how.drop_path)
-        done = _train(model.to(where), train_images, preprocess, how, where, seed, time_limit)
+        done = _train(model.to(where, torch.float32), train_images, preprocess, how, where, seed, time_limit)
     train_hits = (_predict(model, train_images, preprocess, where)[0] == labels).double().mean()
     predictions, top5 = _predict(model, val_images, preprocess, where)
     return report(

@@ -46,8 +46,13 @@ def check_pooling(encoder: Any, pooling: str, layers: int) -> None:
         raise RecipeError(f"layers={layers}: expected 1 to {len(encoder.blocks)}, the blocks of the encoder")
 
 
+def like_weights(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Normalised images in the precision of an encoder's weights, which may be less than float32."""
+    return images.to(next((weights.dtype for weights in encoder.parameters()), images.dtype))
+
+
 def pool(encoder: nn.Module, images: Tensor, pooling: Pooling, layers: int) -> Tensor:
-    """Features of normalised images (B, C, S, S), after the final norm.
+    """Features of normalised images (B, C, S, S), after the final norm, in the precision of the encoder.
 
     "avg" is the mean of the patch tokens (of one layer, what the encoder itself returns), "token" the class token,
     and "both" the second followed by the first; each is the mean over the last so many layers.
@@ -56,7 +61,7 @@ def pool(encoder: nn.Module, images: Tensor, pooling: Pooling, layers: int) -> T
         (B, D), or (B, 2 D) for "both".
     """
     if (pooling, layers) == ("avg", 1):
-        return encoder(images)  # type: ignore[no-any-return]  # as modules are called
+        return encoder(like_weights(encoder, images))  # type: ignore[no-any-return]  # as modules are called
     token, patches = _last_layers(encoder, images, layers)
     parts = {"avg": [patches], "token": [token], "both": [token, patches]}[pooling]
     return torch.cat([part.mean(dim=0) for part in parts], dim=1)
@@ -97,7 +102,12 @@ def choose_pooling(features: Tensor, labels: Tensor, n_classes: int, seed: int) 
 def _last_layers(encoder: Any, images: Tensor, layers: int) -> tuple[Tensor, Tensor]:
     """Class tokens and means of the patch tokens after each of the last layers, both (layers, B, D)."""
     states = encoder.forward_intermediates(
-        images, indices=layers, norm=True, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        like_weights(encoder, images),
+        indices=layers,
+        norm=True,
+        return_prefix_tokens=True,
+        output_fmt="NLC",
+        intermediates_only=True,
     )
     return torch.stack([token[:, 0] for _, token in states]), torch.stack(
         [patches.mean(dim=1) for patches, _ in states]
