@@ -181,15 +181,18 @@ def test_blur_is_drawn_for_each_image_within_its_range() -> None:
 # Parts of a batch
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 7, 300])
-def test_blocks_are_all_rows_once_and_fit_the_cache(batch: int) -> None:
+def test_blocks_are_all_rows_once_and_fit_the_caches(batch: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     images = torch.empty(batch, 3, 64, 64)
     blocks = [torch.arange(batch)[rows] for rows in in_blocks(images)]
     assert torch.equal(torch.cat(blocks), torch.arange(batch))
-    assert all(len(rows) * 3 * 64 * 64 <= BLOCK for rows in blocks)
+    assert all(len(rows) * 3 * 64 * 64 <= threads * BLOCK for rows in blocks)
 
 
-def test_an_image_larger_than_a_block_is_one() -> None:
+def test_an_image_larger_than_a_block_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert list(in_blocks(torch.empty(2, 3, 512, 512))) == [slice(0, 1), slice(1, 2)]
 
 

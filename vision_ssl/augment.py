@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 1 << 18  # numbers of a CPU's block of images: a megabyte, so that all steps on it stay in its cache
+BLOCK = 1 << 18  # numbers of a block for each thread of a CPU: a megabyte, so that all steps on it stay in its cache
 LARGE = 128  # side of views, pixels, from which on a CPU is faster image by image than by products of matrices
 
 # Numbers for each image that are drawn together: to draw each few when they are needed costs a GPU a kernel for each,
@@ -213,7 +213,7 @@ def whole_batch(images: Tensor) -> bool:
 
 def block_rows(images: Tensor) -> int:
     """How many images (B, C, H, W) to work on at a time: on a CPU, those that stay in its cache from step to step."""
-    return len(images) if whole_batch(images) else max(1, BLOCK // images[0].numel())
+    return len(images) if whole_batch(images) else max(1, torch.get_num_threads() * BLOCK // images[0].numel())
 
 
 def in_blocks(images: Tensor) -> Iterator[slice]:
