@@ -27,6 +27,11 @@ def mae_vit_small(**options: _Any) -> _Any:
     return vision_ssl.load("mae_vit_small", **options)
 
 
+def mae_vit_tiny(**options: _Any) -> _Any:
+    """MAE ViT-Tiny/8 for 64 px images, features (B, 192); options as for `vision_ssl.load`."""
+    return vision_ssl.load("mae_vit_tiny", **options)
+
+
 def mae_vit_base(**options: _Any) -> _Any:
     """MAE ViT-Base/8 for 64 px images, features (B, 768); options as for `vision_ssl.load`."""
     return vision_ssl.load("mae_vit_base", **options)

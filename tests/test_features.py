@@ -181,6 +181,12 @@ def test_features_say_which_encoder_made_them() -> None:
     [
         (make_encoder(None), make_images(2), {}, "encoder: Sequential has no preprocess"),
         (
+            attach(nn.Bilinear(2, 2, 2), PREPROCESS),  # as a whole model does, it takes more than images
+            make_images(2),
+            {},
+            r"encoder: Bilinear cannot be called with images alone \(missing a required argument: 'input2'\): expected",
+        ),
+        (
             make_encoder(pooled=False),
             make_images(2),
             {},

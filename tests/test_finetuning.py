@@ -416,6 +416,10 @@ def test_what_is_no_encoder() -> None:
     module.preprocess = PREPROCESS  # type: ignore[assignment]  # nn.Module wants tensors
     with pytest.raises(RecipeError, match="encoder: Flatten has no reset_classifier: expected a timm module"):
         tune(module)
+    spec = resolve_encoder("resnet18", image_size=SIZE)
+    maps = hub.attach(spec.build(global_pool=""), SIZE, 3, card={})
+    with pytest.raises(RecipeError, match="encoder: has global_pool='', and returns maps: expected pooled features"):
+        tune(maps)
 
 
 def test_images_that_do_not_fit() -> None:

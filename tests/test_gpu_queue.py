@@ -85,6 +85,13 @@ def test_every_training_is_a_valid_command(name: str, tiny: bool, monkeypatch: p
     assert (recipe.batch_size == 500) == tiny
 
 
+@pytest.mark.parametrize("init", [False, True])
+def test_a_training_goes_on_from_earlier_weights_when_asked(init: bool) -> None:
+    arguments = job.Arguments("mae_vit_tiny", work=Path("work"), out=Path("out"), init=init)
+    settings = [*map(str, job.settings(arguments, job.TRAININGS["mae_vit_tiny"])), "--init", ""]
+    assert settings[settings.index("--init") + 1] == ("mae_vit_tiny" if init else "")
+
+
 def test_a_pilot_tells_the_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +143,7 @@ def test_a_series_compiles_together_and_trains_one_by_one(tmp_path: Path, monkey
             assert command[command.index("--data") + 1] == ("part" if pilot else "data")
             compile = command[command.index("--compile") + 1]
             epochs = "" if pilot else f" {command[command.index('--epochs') + 1]}"
+            assert ("--init" in command) == (not pilot)
             self.name, self.what = command[3], f"{'pilot' if pilot else 'train'} {command[3]} {compile}{epochs}"
             begun.append(self.what)
 
@@ -148,7 +156,7 @@ def test_a_series_compiles_together_and_trains_one_by_one(tmp_path: Path, monkey
     monkeypatch.setattr("time.sleep", lambda _: ready.touch())
     jobs = ("mae_vit_tiny=20", "simclr_resnet18=15")
     work, out = tmp_path / "work", tmp_path / "out"
-    series.main(series.Arguments(jobs, data="data", work=work, out=out, part="part", wait_for=ready))
+    series.main(series.Arguments(jobs, data="data", work=work, out=out, part="part", wait_for=ready, init=True))
     pilots = ["pilot mae_vit_tiny on", "pilot simclr_resnet18 on"]
     trainings = ["train mae_vit_tiny off 20", "train simclr_resnet18 on 15"]
     in_a_row = [f"{end}{training}" for training in trainings for end in ("", "end of ")]

@@ -224,6 +224,8 @@ def test_a_file_of_any_name_beside_a_config(copied: Path) -> None:
         ({"img_size": 0}, "img_size=0 is too small"),
         ({"img_size": -8}, "img_size=-8 is too small"),
         ({"num_classes": -1}, "num_classes=-1 is too small"),
+        ({"img_size": 64.0}, r"^img_size=64\.0 is not a count: expected a whole number$"),
+        ({"num_classes": "10"}, "^num_classes='10' is not a count"),
     ],
 )
 def test_sizes_that_cannot_be(folder: Path, settings: dict[str, int], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -239,6 +240,13 @@ def images_for(
         DataError: The source cannot be read or has other channels or too few classes, or the encoder lacks a
             `preprocess`.
     """
+    try:
+        inspect.signature(encoder.forward).bind("images")
+    except TypeError as error:
+        raise DataError(
+            f"encoder: {type(encoder).__name__} cannot be called with images alone ({error}): expected an encoder, as "
+            "load returns it without part='full'"
+        ) from error
     preprocess = getattr(encoder, "preprocess", None)
     if not isinstance(preprocess, Preprocess):
         raise DataError(

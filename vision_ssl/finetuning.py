@@ -120,10 +120,12 @@ def with_head(model: nn.Module, n_classes: int, drop_path: float) -> nn.Module:
         drop_path: Probability for the last branch; it falls linearly to 0 at the first (Huang et al. 2016, section 3).
 
     Raises:
-        RecipeError: It is no timm module.
+        RecipeError: It is no timm module, or does not pool.
     """
     if not hasattr(model, "reset_classifier"):
         raise RecipeError(f"encoder: {type(model).__name__} has no reset_classifier: expected a timm module")
+    if getattr(getattr(model, "global_pool", None), "pool_type", None) == "":
+        raise RecipeError("encoder: has global_pool='', and returns maps: expected pooled features")
     cast(Any, model).reset_classifier(n_classes)
     names = ("drop_path", "drop_path1", "drop_path2")  # of a ResNet's block; of a ViT's
     blocks = [module for module in model.modules() if any(hasattr(module, name) for name in names)]

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -146,11 +147,12 @@ def load(
             that the registry, the card or the Hub vouches for.
         RecipeError: An option is out of range, or the encoder cannot take it.
     """
-    if num_classes < 0:
-        raise RecipeError(f"num_classes={num_classes} is too small: expected at least 0")
-    for option, number in {"img_size": img_size, "in_chans": in_chans}.items():
-        if number is not None and number < 1:
-            raise RecipeError(f"{option}={number} is too small: expected at least 1")
+    counts = (("num_classes", num_classes, 0), ("img_size", img_size, 1), ("in_chans", in_chans, 1))
+    for option, number, least in counts:
+        if number is not None and not isinstance(number, Integral):
+            raise RecipeError(f"{option}={number!r} is not a count: expected a whole number")
+        if number is not None and number < least:
+            raise RecipeError(f"{option}={number} is too small: expected at least {least}")
     located = locate(name, cache_dir=cache_dir, local_files_only=local_files_only)
     spec, stored = located.spec, located.spec.channels
     if in_chans not in (None, stored) and stored != 3:

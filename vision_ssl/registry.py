@@ -83,6 +83,14 @@ WEIGHTS: tuple[Weights, ...] = (
         },
     ),
     Weights(
+        "mae_vit_tiny.tiny_imagenet",
+        "MAE, ViT-Tiny with patches of 8 px, 64 px, 60 epochs of Tiny ImageNet",
+        {
+            "model.safetensors": "f7ec63aa46cd294c051f8bac127b2b694ed07ed9d0a9108e888d8bc26e7d0b9b",
+            "head.safetensors": "bcc755ab8e1c6dcf86a4782b1694a9434115ea8d6b4ca8898e5a8c3fb821b237",
+        },
+    ),
+    Weights(
         "simclr_resnet50.tiny_imagenet",
         "SimCLR, ResNet-50 with stem 3x3, 64 px, 40 epochs of Tiny ImageNet; in a clone alone",
         {

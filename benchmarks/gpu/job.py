@@ -82,6 +82,7 @@ class Arguments:
         data: A labelled source with a training and a validation split.
         minutes: Of this call.
         epochs: Of the training, if not the job's own.
+        init: Start from the newest weights of the job's name, with which an earlier training ended, and not at random.
         pilot: Train for four epochs, to see whether it compiles and how fast it is.
         compile: As for `vision-ssl train`.
         measure: Measure what was trained; otherwise it is packed as it is, to be measured elsewhere.
@@ -97,6 +98,7 @@ class Arguments:
     data: str = TINY_DATA
     minutes: float = 9.0
     epochs: int | None = None
+    init: bool = False
     pilot: bool = False
     compile: str = "auto"
     measure: bool = True
@@ -186,7 +188,8 @@ def training(arguments: Arguments, job: Training, out: Path) -> list[object]:
 
 def settings(arguments: Arguments, job: Training) -> list[object]:
     """The recipe of a job, in little if it is rehearsed."""
-    return [*job.settings.split(), *(job.tiny.split() if arguments.tiny else []), "--seed", arguments.seed]
+    init = ["--init", arguments.job] if arguments.init else []
+    return [*job.settings.split(), *(job.tiny.split() if arguments.tiny else []), "--seed", arguments.seed, *init]
 
 
 def looks(epochs: int, *, keep: int) -> list[object]:

@@ -36,6 +36,7 @@ class Arguments:
         out: Folder for what is to be kept.
         part: Images to compile with, by default `data`.
         wait_for: A file without which no training begins.
+        init: Start from the newest weights of each name, and not at random.
         device: Where to compute.
         tiny: Rehearse.
     """
@@ -46,6 +47,7 @@ class Arguments:
     out: Path
     part: str | None = None
     wait_for: Path | None = None
+    init: bool = False
     device: str = "auto"
     tiny: bool = False
 
@@ -98,7 +100,8 @@ def main(arguments: Arguments) -> None:
     while arguments.wait_for is not None and not arguments.wait_for.exists():
         time.sleep(0.5)
     for name, epochs in jobs.items():
-        how = ("--epochs", epochs, "--compile", compile if compiled[name] else "off")
+        how = ["--epochs", epochs, "--compile", compile if compiled[name] else "off"]
+        how += ["--init"] if arguments.init else []
         options = (*how, "--minutes", NO_LIMIT, "--no-measure")
         say("trained", name, start(arguments, name, *options, data=arguments.data, work=arguments.work).wait())
     say("done")
