@@ -294,6 +294,7 @@ def test_what_is_at_the_edge_is_accepted() -> None:
     ("recipe", "advice"),
     [
         (SimCLR(image_size=32, stem="7x7"), "stem='7x7' shrinks 32 px images to 1 px maps"),
+        (SimCLR(image_size=64, view_size=40, stem="7x7"), "stem='7x7' shrinks 40 px images to 2 px maps"),
         (MAE(encoder="resnet18", image_size=40, stem="7x7"), "to 2 px maps: '3x3-nopool' is usual"),
         (SimCLR(batch_size=62), "contrasted with 61 others"),
         (SimCLR(batch_size=256, accumulate=8), "contrasted with 31 others"),

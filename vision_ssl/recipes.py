@@ -214,11 +214,10 @@ class Recipe:
 
     def advice(self) -> list[str]:
         """Choices of this recipe that are known to hurt, a sentence each."""
-        if self.encoder.startswith("resnet") and self.stem == "7x7" and self.image_size <= 40:
-            return [
-                f"stem='7x7' shrinks {self.image_size} px images to {-(-self.image_size // 32)} px maps: "
-                "'3x3-nopool' is usual at 32 px"
-            ]
+        size = getattr(self, "view_size", None) or self.image_size  # SimCLR alone may show the network less
+        if self.encoder.startswith("resnet") and self.stem == "7x7" and size <= 40:
+            maps = f"stem='7x7' shrinks {size} px images to {-(-size // 32)} px maps"
+            return [f"{maps}: '3x3-nopool' is usual at 32 px"]
         return []
 
 
