@@ -143,6 +143,14 @@ def test_features_can_be_trained_on() -> None:
     assert head.weight.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore")  # TorchScript's own
+def test_extract_by_a_module_of_torchscript() -> None:
+    encoder, images = make_encoder(), make_images(4)
+    traced = torch.jit.trace(encoder.eval(), torch.rand(1, 3, 20, 20))
+    object.__setattr__(traced, "preprocess", PREPROCESS)  # which it does not take as an attribute of its own
+    torch.testing.assert_close(extract(traced, images).features, extract(encoder, images).features)
+
+
 def test_extract_in_less_precision_when_asked() -> None:
     encoder, images = make_encoder(), make_images(4)
     exact = extract(encoder, images).features

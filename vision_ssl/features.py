@@ -242,6 +242,8 @@ def images_for(
     """
     try:
         inspect.signature(encoder.forward).bind("images")
+    except ValueError:
+        pass  # TorchScript shows no signature
     except TypeError as error:
         raise DataError(
             f"encoder: {type(encoder).__name__} cannot be called with images alone ({error}): expected an encoder, as "
