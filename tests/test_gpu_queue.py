@@ -58,11 +58,12 @@ def test_parts_leave_in_batches(tmp_path: Path, folder: Path, monkeypatch: pytes
     monkeypatch.setattr(job, "split", lambda kept, parts: split(kept, parts, size=20_000))
     together = tmp_path / "together"
     together.mkdir()
+    job.pack(run)
     with pytest.raises(SystemExit) as leaving:
-        job.pack(run, together, batch=0)
+        job.hand_over(run, together, batch=0)
     assert leaving.value.code == job.UNFINISHED
     assert len(list(together.iterdir())) == 1 + job.BATCH
-    job.pack(run, together, batch=1)
+    job.hand_over(run, together, batch=1)
     join(together, tmp_path / "joined")
     names = {"weights/file", "results/file", "run.json", "metrics.jsonl", "probe_curve.csv"}
     assert set(contents(tmp_path / "joined")) == names
@@ -83,6 +84,26 @@ def test_every_training_is_a_valid_command(name: str, tiny: bool, monkeypatch: p
     [(recipe, _)] = asked
     assert recipe.encoder == ("resnet18" if name == "cifar10_speed" else name.partition("_")[2])
     assert (recipe.batch_size == 500) == tiny
+
+
+def test_weights_are_packed_before_their_curve_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    run = work / "mae_vit_tiny-0"
+    (run / "weights").mkdir(parents=True)
+    out.mkdir()
+    for name in ("run.json", "metrics.jsonl", "weights/model.safetensors"):
+        (run / name).write_text(name)
+    monkeypatch.setattr(job, "finished", lambda run: True)
+
+    def probe(*words: object) -> None:
+        assert "--every-checkpoint" in words
+        assert (run / "parts" / "00.part").exists()
+        (run / "probe_curve.csv").write_text("epoch,loss,accuracy,val_accuracy")
+
+    monkeypatch.setattr(job, "run", probe)
+    arguments = job.Arguments("mae_vit_tiny", work=work, out=out, measure="curve")
+    job.train(arguments, job.TRAININGS["mae_vit_tiny"])
+    assert {path.name for path in out.iterdir()} == {"00.part", INDEX, "probe_curve.csv"}
 
 
 @pytest.mark.parametrize("init", [False, True])

@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -68,6 +69,8 @@ TRAININGS = {
     "mae_vit_tiny": Training("mae", f"--encoder vit_tiny {MAE}", 400, TINY_VIT, finetune=30),
     "cifar10_speed": Training("simclr", f"--preset small-32 --encoder resnet18 {SIMCLR}", 300, TINY),
 }
+Measured = Literal["all", "curve", "nothing"]
+CURVE = "probe_curve.*"
 JOBS = ("smoke", "throughput", *TRAININGS)
 
 
@@ -85,7 +88,8 @@ class Arguments:
         init: Start from the newest weights of the job's name, with which an earlier training ended, and not at random.
         pilot: Train for four epochs, to see whether it compiles and how fast it is.
         compile: As for `vision-ssl train`.
-        measure: Measure what was trained; otherwise it is packed as it is, to be measured elsewhere.
+        measure: Of what was trained: `all` of the table, the probe `curve` alone, or `nothing`, where it is to be
+            measured elsewhere.
         device: Where to compute.
         tiny: Rehearse: few images, small batches, one epoch.
         seed: Of the training.
@@ -101,7 +105,7 @@ class Arguments:
     init: bool = False
     pilot: bool = False
     compile: str = "auto"
-    measure: bool = True
+    measure: Measured = "all"
     device: str = "auto"
     tiny: bool = False
     seed: int = 0
@@ -136,7 +140,8 @@ def smoke(arguments: Arguments) -> None:
         compile = "off" if arguments.tiny else "on"
         run(*train, *options.split(), "--epochs", 10, "--compile", compile, "--time-limit", 0)
         run(*train, "--resume")
-        measure(out, TINY_DATA, arguments, finetune=1)
+        curve(out, TINY_DATA, arguments)
+        table(out, TINY_DATA, arguments, finetune=1)
 
 
 def throughput(arguments: Arguments) -> None:
@@ -173,11 +178,17 @@ def train(arguments: Arguments, job: Training) -> None:
         run(*training(arguments, job, out), *when, *how)
     if not finished(out):
         unfinished("training")
-    if arguments.measure and not (out / "results").exists():
+    if arguments.measure == "all" and not (out / "results").exists():
         if arguments.left < arguments.minutes / 2 and not arguments.tiny:
             unfinished("measuring")
-        measure(out, arguments.data, arguments, finetune=1 if arguments.tiny and job.finetune else job.finetune)
-    pack(out, arguments.out, arguments.batch)
+        curve(out, arguments.data, arguments)
+        table(out, arguments.data, arguments, finetune=1 if arguments.tiny and job.finetune else job.finetune)
+    pack(out)
+    if arguments.measure == "curve":  # once the weights are safe
+        curve(out, arguments.data, arguments)
+        for path in out.glob(CURVE):
+            shutil.copy(path, arguments.out)
+    hand_over(out, arguments.out, arguments.batch)
 
 
 def training(arguments: Arguments, job: Training, out: Path) -> list[object]:
@@ -208,29 +219,38 @@ def unfinished(what: str) -> None:
     sys.exit(UNFINISHED)
 
 
-def measure(out: Path, data: str, arguments: Arguments, *, finetune: int) -> None:
-    """The table's figures, and the curve over the kept encoders."""
+def curve(out: Path, data: str, arguments: Arguments) -> None:
+    """The curve over the kept encoders."""
+    how = ["--every-checkpoint", "--protocol", "linear-sgd-study-b", "--device", arguments.device]
+    run("-m", "vision_ssl", "probe", out, "--train", data, "--val", data, *how)
+
+
+def table(out: Path, data: str, arguments: Arguments, *, finetune: int) -> None:
+    """The figures of the README's tables."""
     device = ["--device", arguments.device]
-    curve = ["--every-checkpoint", "--protocol", "linear-sgd-study-b"]
-    run("-m", "vision_ssl", "probe", out, "--train", data, "--val", data, *curve, *device)
     tuning = ["--finetune", finetune] if finetune else []
     results = out / "results.part"
     run("benchmarks/reproduce.py", "--data", data, "--models", out, *tuning, *device, "--out", results)
     results.rename(out / "results")  # whole, or not there
 
 
-def pack(out: Path, target: Path, batch: int) -> None:
-    """Everything of a run that is to be kept, in parts, of which a batch leaves with this call."""
+def pack(out: Path) -> None:
+    """Everything of a run that is to be kept, in parts."""
+    if (out / "parts" / INDEX).exists():
+        return
+    kept = out / "kept"
+    shutil.rmtree(kept, ignore_errors=True)
+    for folder in (out / "weights", out / "results"):
+        if folder.exists():
+            shutil.copytree(folder, kept / folder.name)
+    for path in [*out.glob(CURVE), out / "run.json", out / "metrics.jsonl"]:
+        shutil.copy(path, kept)
+    split(kept, out / "parts")
+
+
+def hand_over(out: Path, target: Path, batch: int) -> None:
+    """The parts of a run that leave with this call: as many as fit."""
     parts = out / "parts"
-    if not (parts / INDEX).exists():
-        kept = out / "kept"
-        shutil.rmtree(kept, ignore_errors=True)
-        for folder in (out / "weights", out / "results"):
-            if folder.exists():
-                shutil.copytree(folder, kept / folder.name)
-        for path in [*out.glob("probe_curve.*"), out / "run.json", out / "metrics.jsonl"]:
-            shutil.copy(path, kept)
-        split(kept, parts)
     every = sorted(parts.glob("*.part"))
     for path in [parts / INDEX, *every[batch * BATCH : (batch + 1) * BATCH]]:
         shutil.copy(path, target)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.gpu.job import TRAININGS
+from benchmarks.gpu.job import TRAININGS, Measured
 
 LOG = "progress.log"
 NO_LIMIT = 1000  # minutes
@@ -36,6 +36,7 @@ class Arguments:
         out: Folder for what is to be kept.
         part: Images to compile with, by default `data`.
         wait_for: A file without which no training begins.
+        measure: As for a job; probes want the GPU for themselves, and come after each training.
         init: Start from the newest weights of each name, and not at random.
         device: Where to compute.
         tiny: Rehearse.
@@ -47,6 +48,7 @@ class Arguments:
     out: Path
     part: str | None = None
     wait_for: Path | None = None
+    measure: Measured = "nothing"
     init: bool = False
     device: str = "auto"
     tiny: bool = False
@@ -102,7 +104,7 @@ def main(arguments: Arguments) -> None:
     for name, epochs in jobs.items():
         how = ["--epochs", epochs, "--compile", compile if compiled[name] else "off"]
         how += ["--init"] if arguments.init else []
-        options = (*how, "--minutes", NO_LIMIT, "--no-measure")
+        options = (*how, "--minutes", NO_LIMIT, "--measure", arguments.measure)
         say("trained", name, start(arguments, name, *options, data=arguments.data, work=arguments.work).wait())
     say("done")
 
