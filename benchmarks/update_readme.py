@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vision_ssl.registry import WEIGHTS
+from vision_ssl.registry import WEIGHTS, Weights
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
@@ -50,8 +50,9 @@ SPEED_GROUPS = ("augment", "photographs", "pipeline", "loss", "step", "extract",
 def models_table() -> str:
     """The packaged models with the scores of their cards."""
     lines = [
-        "| name | in | encoder | input | features | epochs | linear: accuracy (%) | macro F1 | kNN, k = 20 (%) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| name | in | encoder | input | features | epochs | linear: accuracy (%) | macro F1 | kNN, k = 20 (%) "
+        "| linear, all labels (%) | kNN, all labels (%) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for weights in WEIGHTS:
         config, card = weights.config, weights.card
@@ -62,9 +63,19 @@ def models_table() -> str:
             f"| `{weights.name}` | {'the package' if weights.is_packaged else 'a clone'} | {config['architecture']} "
             f"| {config['pretrained_cfg']['input_size'][1]} px | {config['num_features']} | {epochs} "
             f"| {linear['accuracy']:.1f} ({linear['interval'][0]:.1f} to {linear['interval'][1]:.1f}) "
-            f"| {linear['macro_f1']:.3f} | {knn['accuracy']:.1f} |"
+            f"| {linear['macro_f1']:.3f} | {knn['accuracy']:.1f} | {' | '.join(with_all_labels(weights))} |"
         )
     return "\n".join(lines)
+
+
+def with_all_labels(weights: Weights) -> list[str]:
+    """Accuracies (%) of linear probe and kNN, fitted on all training images; dashes where that was not measured."""
+    path = RESULTS / f"{EVALUATED}.all-labels.{weights.name.partition('.')[0]}.json"
+    if not path.exists():
+        return ["-", "-"]
+    scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    own = {score["protocol"]: score["accuracy"] for score in scores if score["features"] == weights.name}
+    return [f"{own[protocol]:.1f}" for protocol in ("linear", "knn-20")]
 
 
 def with_those_before(
