@@ -181,8 +181,10 @@ def test_weights_of_others_come_from_timms_repository(server: HubServer, client:
         },
     }
     commit = server.publish(repo, {CONFIG: json.dumps(config).encode(), ENCODER: save(theirs.state_dict())})
-    client.run("from vision_ssl import registry\nkept = registry.UPSTREAM")
-    client.run("registry.UPSTREAM = (registry._mae('tiny', 16, commit, {}),)", commit=commit)
+    client.run("from vision_ssl import registry\nkept = registry.UPSTREAM, registry.WEIGHTS")
+    # Ours would have the bare name.
+    others = "registry.UPSTREAM, registry.WEIGHTS = (registry._mae('tiny', 16, commit, {}),), ()"
+    client.run(others, commit=commit)
     images = torch.rand(1, 3, 224, 224)
     code = (
         "encoder = vision_ssl.load(name, global_pool='token', cache_dir=cache)\n"
@@ -194,7 +196,7 @@ def test_weights_of_others_come_from_timms_repository(server: HubServer, client:
         assert card.get("licence") == (None if asked[:3] == "hf:" else "CC-BY-NC-4.0: not for commercial use")
     terms = f"not for commercial use; its hash is {registry.UPSTREAM[0].card['hash']}"
     assert client.output.splitlines().count(f"mae_vit_tiny.in1k: CC-BY-NC-4.0: {terms}") == 2  # not by `hf:`
-    client.run("registry.UPSTREAM = kept")
+    client.run("registry.UPSTREAM, registry.WEIGHTS = kept")
 
 
 def test_pickled_code_is_never_asked_for(server: HubServer, client: Client, files: Files, tmp_path: Path) -> None:
