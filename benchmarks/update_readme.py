@@ -51,7 +51,7 @@ def models_table() -> str:
     """The packaged models with the scores of their cards."""
     lines = [
         "| name | in | encoder | input | features | epochs | linear: accuracy (%) | macro F1 | kNN, k = 20 (%) "
-        "| linear, all labels (%) | kNN, all labels (%) |",
+        "| linear, all labels (%) | kNN, k = 20, all labels (%) |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for weights in WEIGHTS:
@@ -75,7 +75,7 @@ def with_all_labels(weights: Weights) -> list[str]:
         return ["-", "-"]
     scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
     own = {score["protocol"]: score["accuracy"] for score in scores if score["features"] == weights.name}
-    return [f"{own[protocol]:.1f}" for protocol in ("linear", "knn-20")]
+    return [shown(own.get(protocol), "{:.1f}") for protocol in ("linear", "knn-20")]
 
 
 def with_those_before(

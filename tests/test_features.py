@@ -188,6 +188,7 @@ def test_features_say_which_encoder_made_them() -> None:
     ("encoder", "images", "options", "message"),
     [
         (make_encoder(None), make_images(2), {}, "encoder: Sequential has no preprocess"),
+        ("mae_vit_tiny", make_images(2), {}, "encoder: str has no preprocess"),
         (
             attach(nn.Bilinear(2, 2, 2), PREPROCESS),  # as a whole model does, it takes more than images
             make_images(2),

@@ -153,8 +153,8 @@ def extract(
     `load(..., dtype=torch.bfloat16)`; or call this inside `torch.autocast`.
 
     Args:
-        encoder: Takes float32 (B, C, S, S) and returns (B, D). Its `preprocess` says which size and channels it
-            wants: encoders from `load` have one.
+        encoder: Takes (B, C, S, S) in the precision of its weights and returns (B, D). Its `preprocess` says which size
+            and channels it wants: encoders from `load` have one.
         source: Images, as `open_images` takes them.
         split: Which split of the source, where it has several.
         pooling: "avg" is what the encoder returns: the mean of a ViT's patch tokens, or of a ResNet's map. Of a ViT
@@ -238,8 +238,14 @@ def images_for(
 
     Raises:
         DataError: The source cannot be read or has other channels or too few classes, or the encoder lacks a
-            `preprocess`.
+            `preprocess` or takes more than images.
     """
+    preprocess = getattr(encoder, "preprocess", None)
+    if not isinstance(preprocess, Preprocess):
+        raise DataError(
+            f"encoder: {type(encoder).__name__} has no preprocess: expected one from vision_ssl.load, or with "
+            "encoder.preprocess = Preprocess(size, mean, std)"
+        )
     try:
         inspect.signature(encoder.forward).bind("images")
     except ValueError:
@@ -249,12 +255,6 @@ def images_for(
             f"encoder: {type(encoder).__name__} cannot be called with images alone ({error}): expected an encoder, as "
             "load returns it without part='full'"
         ) from error
-    preprocess = getattr(encoder, "preprocess", None)
-    if not isinstance(preprocess, Preprocess):
-        raise DataError(
-            f"encoder: {type(encoder).__name__} has no preprocess: expected one from vision_ssl.load, or with "
-            "encoder.preprocess = Preprocess(size, mean, std)"
-        )
     for name, least in (("mean", 0.0), ("std", 1e-6)):
         values = getattr(preprocess, name)
         if not all(least <= value <= 1 for value in values):

@@ -124,7 +124,8 @@ def with_head(model: nn.Module, n_classes: int, drop_path: float) -> nn.Module:
     """
     if not hasattr(model, "reset_classifier"):
         raise RecipeError(f"encoder: {type(model).__name__} has no reset_classifier: expected a timm module")
-    if getattr(getattr(model, "global_pool", None), "pool_type", None) == "":
+    pool = getattr(model, "global_pool", None)  # a ViT's is its name, a ResNet's a module that knows it
+    if getattr(pool, "pool_type", pool) == "":
         raise RecipeError("encoder: has global_pool='', and returns maps: expected pooled features")
     cast(Any, model).reset_classifier(n_classes)
     names = ("drop_path", "drop_path1", "drop_path2")  # of a ResNet's block; of a ViT's

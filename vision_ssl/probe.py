@@ -294,7 +294,10 @@ def _linear_report(
 ) -> Report:
     labels, targets = cast(Tensor, train.labels), cast(Tensor, val.labels)
     classifier = Classifier(*(tensor.cpu() for tensor in classifier))  # where all features are
-    logits = classifier.logits(val.features)
+    with torch.autocast("cpu", enabled=False):  # the caller's is for the encoder
+        logits = classifier.logits(val.features)
+        hits = classifier.predict(train.features) == labels
+        train_loss = classifier.cross_entropy(train.features, labels)
     return report(
         protocol,
         logits.argmax(dim=1),
@@ -303,6 +306,6 @@ def _linear_report(
         settings,
         seed,
         top5=in_top(logits, targets),
-        train_accuracy=100 * float((classifier.predict(train.features) == labels).double().mean()),
-        train_loss=classifier.cross_entropy(train.features, labels),
+        train_accuracy=100 * float(hits.double().mean()),
+        train_loss=train_loss,
     )

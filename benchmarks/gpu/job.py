@@ -184,11 +184,15 @@ def train(arguments: Arguments, job: Training) -> None:
         curve(out, arguments.data, arguments)
         table(out, arguments.data, arguments, finetune=1 if arguments.tiny and job.finetune else job.finetune)
     pack(out)
+    left = hand_over(out, arguments.out, arguments.batch)
     if arguments.measure == "curve":  # once the weights are safe
-        curve(out, arguments.data, arguments)
+        if not list(out.glob(CURVE)):
+            curve(out, arguments.data, arguments)
         for path in out.glob(CURVE):
             shutil.copy(path, arguments.out)
-    hand_over(out, arguments.out, arguments.batch)
+    if left:
+        unfinished(f"{left} parts are to come (--batch {arguments.batch + 1}), and the transfer")
+    print("the job is done")
 
 
 def training(arguments: Arguments, job: Training, out: Path) -> list[object]:
@@ -248,15 +252,13 @@ def pack(out: Path) -> None:
     split(kept, out / "parts")
 
 
-def hand_over(out: Path, target: Path, batch: int) -> None:
-    """The parts of a run that leave with this call: as many as fit."""
+def hand_over(out: Path, target: Path, batch: int) -> int:
+    """Copy the parts of a run that leave with this call: as many as fit; return how many are left for others."""
     parts = out / "parts"
     every = sorted(parts.glob("*.part"))
     for path in [parts / INDEX, *every[batch * BATCH : (batch + 1) * BATCH]]:
         shutil.copy(path, target)
-    if (batch + 1) * BATCH < len(every):
-        unfinished(f"batch {batch} of {len(every)} parts is in {target}, but the transfer (--batch {batch + 1})")
-    print(f"{len(every)} parts in all: the job is done")
+    return max(0, len(every) - (batch + 1) * BATCH)
 
 
 def main(arguments: Arguments) -> None:
