@@ -418,8 +418,11 @@ def test_what_is_no_encoder() -> None:
         tune(module)
     spec = resolve_encoder("resnet18", image_size=SIZE)
     maps = hub.attach(spec.build(global_pool=""), SIZE, 3, card={})
-    with pytest.raises(RecipeError, match="encoder: has global_pool='', and returns maps: expected pooled features"):
-        tune(maps)
+    tokens = encoder()
+    tokens.global_pool = ""  # type: ignore[assignment]  # nn.Module wants tensors
+    for unpooled in (maps, tokens):
+        with pytest.raises(RecipeError, match="encoder: has global_pool='', and does not pool: expected features"):
+            tune(unpooled)
 
 
 def test_images_that_do_not_fit() -> None:

@@ -207,6 +207,12 @@ def test_precision_and_device(folder: Path) -> None:
     assert encoder(IMAGES.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(RecipeError, match="device='nowhere' cannot be used here"):
         vision_ssl.load(folder, device="nowhere")
+    parts: tuple[Any, ...] = ("encoder", "full")
+    precisions: tuple[Any, ...] = ("bfloat16", torch.int8)
+    for part in parts:
+        for dtype in precisions:
+            with pytest.raises(RecipeError, match=f"^dtype={dtype!r} is no precision of weights: expected one such as"):
+                vision_ssl.load("mae_vit_tiny", part=part, dtype=dtype)
 
 
 def test_a_file_of_any_name_beside_a_config(copied: Path) -> None:
@@ -226,6 +232,7 @@ def test_a_file_of_any_name_beside_a_config(copied: Path) -> None:
         ({"num_classes": -1}, "num_classes=-1 is too small"),
         ({"img_size": 64.0}, r"^img_size=64\.0 is not a count: expected a whole number$"),
         ({"num_classes": "10"}, "^num_classes='10' is not a count"),
+        ({"num_classes": True}, "^num_classes=True is not a count"),
     ],
 )
 def test_sizes_that_cannot_be(folder: Path, settings: dict[str, int], message: str) -> None:

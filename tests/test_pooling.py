@@ -139,4 +139,5 @@ def test_an_encoder_in_bfloat16_takes_images_as_any_other(name: str) -> None:
     if name == "vit_tiny":
         ways += [{"pooling": "both", "layers": 2}, {"pooling": "choose"}]
     for way in ways:
-        assert evaluate(rough, train=train, val=val, **way).accuracy > 34  # chance is 33
+        found, expected = (evaluate(encoder, train=train, val=val, **way) for encoder in (rough, exact))
+        assert (found.predictions == expected.predictions).mean() >= 0.9  # of 20 images, 2 at a boundary

@@ -22,6 +22,7 @@ from vision_ssl.logistic import Classifier, choose_l2, logistic_regression
 from vision_ssl.neighbours import knn, knn_sweep
 from vision_ssl.options import Protocol
 from vision_ssl.probe import evaluate, linear, resubstitution
+from vision_ssl.report import Report
 
 
 def make(n: int, dim: int, n_classes: int, *, signal: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -242,10 +243,22 @@ def test_linear_probe() -> None:
     logits = (train.features - fitted.mean) @ fitted.weight + fitted.bias
     loss = float(F.cross_entropy(logits, cast(Tensor, train.labels)))
     assert report.train_loss == pytest.approx(loss, rel=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):  # as users have it around an encoder
-        again = linear(train, val, seed=5)
-    assert np.array_equal(again.predictions, report.predictions)
-    assert again.settings == report.settings
+
+
+@pytest.mark.filterwarnings("ignore:resubstitution")
+def test_autocast_around_an_encoder_changes_nothing_of_a_probe() -> None:
+    train, val = pair(n=600, dim=20, n_classes=3, signal=0.2)
+
+    def measure() -> list[Report]:
+        return [linear(train, val), resubstitution(val)]
+
+    expected = measure()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = measure()
+    for again, report in zip(found, expected, strict=True):
+        assert np.array_equal(again.predictions, report.predictions)
+        assert (again.train_accuracy, again.train_loss) == (report.train_accuracy, report.train_loss)
+        assert again.settings == report.settings
 
 
 def test_top5_is_scikit_learns() -> None:

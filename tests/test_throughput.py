@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import throughput
 from benchmarks.throughput import Arguments, main
@@ -40,6 +41,12 @@ def test_simclr_is_measured_with_both_kinds_of_views(tmp_path: Path) -> None:
     main(Arguments(device="cpu", tiny=True, only=("SimCLR",), out=out))
     works = [row["work"].split(", ")[1] for row in json.loads(out.read_text())["rows"]]
     assert works[:4] == ["exact views", "exact views", "fast views", "fast views"]
+
+
+def test_features_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "ROUNDS", 1)
+    (speed,) = throughput.features(torch.device("cpu"), 2)
+    assert speed > 0
 
 
 def test_a_profile_is_printed_and_not_kept(

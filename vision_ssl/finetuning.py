@@ -67,7 +67,8 @@ def finetune(
         device: Where to compute; by default where the encoder is.
         cache_dir: Where the decoded images are kept.
         time_limit: Minutes after which no further epoch begins. Better results come of fewer epochs that finish.
-        in_place: Train the given module itself, which then has the new head; by default it is copied.
+        in_place: Train the given module itself, which then has the new head and float32 weights; by default it is
+            copied.
         seed: Of the head, the order of the images, the views, and the bootstrap.
         preset: Settings to start from: "mae", or "small-data" for some thousand images or fewer.
         **settings: Fields of `FineTuning`, which change single ones.
@@ -126,7 +127,7 @@ def with_head(model: nn.Module, n_classes: int, drop_path: float) -> nn.Module:
         raise RecipeError(f"encoder: {type(model).__name__} has no reset_classifier: expected a timm module")
     pool = getattr(model, "global_pool", None)  # a ViT's is its name, a ResNet's a module that knows it
     if getattr(pool, "pool_type", pool) == "":
-        raise RecipeError("encoder: has global_pool='', and returns maps: expected pooled features")
+        raise RecipeError("encoder: has global_pool='', and does not pool: expected features (B, D)")
     cast(Any, model).reset_classifier(n_classes)
     names = ("drop_path", "drop_path1", "drop_path2")  # of a ResNet's block; of a ViT's
     blocks = [module for module in model.modules() if any(hasattr(module, name) for name in names)]

@@ -149,9 +149,11 @@ def load(
     """
     counts = (("num_classes", num_classes, 0), ("img_size", img_size, 1), ("in_chans", in_chans, 1))
     for option, number, least in counts:
-        if number is not None and not isinstance(number, Integral):
+        if number is None:
+            continue
+        if not isinstance(number, Integral) or isinstance(number, bool):
             raise RecipeError(f"{option}={number!r} is not a count: expected a whole number")
-        if number is not None and number < least:
+        if number < least:
             raise RecipeError(f"{option}={number} is too small: expected at least {least}")
     located = locate(name, cache_dir=cache_dir, local_files_only=local_files_only)
     spec, stored = located.spec, located.spec.channels
@@ -168,10 +170,19 @@ def load(
         _fill(encoder, path, tensors, new_head=spec.classifier if num_classes else None)
     if img_size is not None and img_size != spec.image_size:
         resize_input(encoder, img_size)
-    if device is not None:
-        device = pick_device(str(device))
-    encoder.to(device=device, dtype=dtype)
+    place(encoder, device, dtype)
     return attach(encoder, img_size or spec.image_size, spec.channels, located.card).eval()
+
+
+def place(module: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None) -> None:
+    """Move a module to a device and its numbers to a precision, in place; None leaves them.
+
+    Raises:
+        RecipeError: There is no such device here, or the precision is none for weights.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise RecipeError(f"dtype={dtype!r} is no precision of weights: expected one such as torch.bfloat16")
+    module.to(device=None if device is None else pick_device(str(device)), dtype=dtype)
 
 
 def attach(module: nn.Module, image_size: int, channels: int, card: dict[str, Any]) -> Encoder:

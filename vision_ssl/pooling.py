@@ -48,7 +48,8 @@ def check_pooling(encoder: Any, pooling: str, layers: int) -> None:
 
 def like_weights(encoder: nn.Module, images: Tensor) -> Tensor:
     """Normalised images in the precision of an encoder's weights, which may be less than float32."""
-    return images.to(next((weights.dtype for weights in encoder.parameters()), images.dtype))
+    dtypes = (weights.dtype for weights in encoder.parameters() if weights.is_floating_point())
+    return images.to(next(dtypes, images.dtype))
 
 
 def pool(encoder: nn.Module, images: Tensor, pooling: Pooling, layers: int) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from . import hub
 from .augment import Draws
 from .data import Preprocess, channel_statistics
-from .device import pick_device
 from .errors import DataError, RecipeError, WeightsError
 from .mae import MAEModel
 from .recipes import MAE, Recipe, recipe_from_dict
@@ -80,7 +79,7 @@ def _load_full(
     card = hub.read_card(name, **where)
     recipe = _recipe_in(card, name)
     model = hub.load_model(recipe.build, name, pretrained=pretrained, **where)
-    model.to(device=None if device is None else pick_device(str(device)), dtype=dtype)
+    hub.place(model, device, dtype)
     hub.attach(model, recipe.image_size, recipe.channels, card)
     return cast(SimCLRModel | MAEModel, model.eval())
 

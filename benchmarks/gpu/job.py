@@ -165,7 +165,7 @@ def pilot(arguments: Arguments, job: Training) -> None:
 
 
 def train(arguments: Arguments, job: Training) -> None:
-    """Train within the time of this call, then measure, then pack."""
+    """Train within the time of this call, measure, and pack what is to be kept."""
     out = arguments.work / f"{arguments.job}-{arguments.seed}"
     if not finished(out):
         how: list[object] = ["--resume"]
@@ -186,12 +186,12 @@ def train(arguments: Arguments, job: Training) -> None:
     pack(out)
     left = hand_over(out, arguments.out, arguments.batch)
     if arguments.measure == "curve":  # once the weights are safe
-        if not list(out.glob(CURVE)):
+        if not any(out.glob(CURVE)):
             curve(out, arguments.data, arguments)
         for path in out.glob(CURVE):
             shutil.copy(path, arguments.out)
     if left:
-        unfinished(f"{left} parts are to come (--batch {arguments.batch + 1}), and the transfer")
+        unfinished(f"the transfer of {left} more parts (--batch {arguments.batch + 1})")
     print("the job is done")
 
 
